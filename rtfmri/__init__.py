@@ -1,0 +1,56 @@
+"""Real-time fMRI on the GPU: each volume through baseline, subtraction and feedback within its TR."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rtfmri.config import BaselineSettings, Config, ParadigmSettings
+    from rtfmri.paradigm import Event, Paradigm, read_events
+    from rtfmri.pipeline import ConditionMaps, Pipeline, Result
+    from rtfmri.readers import open_reader
+    from rtfmri.recording import open_recording
+    from rtfmri.session import Session
+    from rtfmri.volume import Grid, Volume
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BaselineSettings": "config",
+    "ConditionMaps": "pipeline",
+    "Config": "config",
+    "Event": "paradigm",
+    "Grid": "volume",
+    "Paradigm": "paradigm",
+    "ParadigmSettings": "config",
+    "Pipeline": "pipeline",
+    "Result": "pipeline",
+    "Session": "session",
+    "Volume": "volume",
+    "open_reader": "readers",
+    "open_recording": "recording",
+    "read_events": "paradigm",
+}
+
+__all__ = [
+    "BaselineSettings",
+    "ConditionMaps",
+    "Config",
+    "Event",
+    "Grid",
+    "Paradigm",
+    "ParadigmSettings",
+    "Pipeline",
+    "Result",
+    "Session",
+    "Volume",
+    "open_reader",
+    "open_recording",
+    "read_events",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it is first used: numba alone takes longer than a shell start."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rtfmri' has no attribute {name!r}")
+    return getattr(import_module(f"rtfmri.{_HOMES[name]}"), name)

@@ -1,0 +1,168 @@
+"""Baseline moments in numba: the twin of ``kernels/moments.cuh`` and ``kernels/moments.cu``.
+
+The same float32 operations in the same order, so that both give the same bits. Each thread loops
+over a contiguous slice of every array: that is the form which vectorises.
+"""
+
+# numba infers the types; annotations here would only repeat rtfmri.backends.Backend.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: ANN001, ANN202
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+_HUNDRED = np.float32(100)
+
+_voxel = njit(inline="always", error_model="numpy")
+_chunk = njit(error_model="numpy")
+_kernel = njit(parallel=True, cache=True, error_model="numpy")
+
+
+@_voxel
+def _psc(difference, mean):
+    return _HUNDRED * difference / mean if mean > _ZERO else _ZERO
+
+
+@_voxel
+def _over_root(difference, variance):
+    return difference / math.sqrt(variance) if variance > _ZERO else _ZERO
+
+
+@_chunk
+def _subtract_only(x, mean, variance, difference, psc, z, bessel):
+    for i in range(x.size):
+        d = np.float32(x[i]) - mean[i]
+        difference[i] = d
+        psc[i] = _psc(d, mean[i])
+        z[i] = _over_root(d, variance[i] * bessel)
+
+
+@_chunk
+def _subtract_and_fold(x, mean, variance, difference, psc, z, bessel, gain):
+    for i in range(x.size):
+        m, s = mean[i], variance[i]
+        d = np.float32(x[i]) - m
+        difference[i] = d
+        psc[i] = _psc(d, m)
+        z[i] = _over_root(d, s * bessel)
+        step = gain * d
+        mean[i] = m + step
+        variance[i] = (_ONE - gain) * (s + step * d)
+
+
+@_chunk
+def _subtract_and_fold_other(
+    x, mean, variance, difference, psc, z, other_mean, other_variance, bessel, gain
+):
+    for i in range(x.size):
+        value = np.float32(x[i])
+        d = value - mean[i]
+        difference[i] = d
+        psc[i] = _psc(d, mean[i])
+        z[i] = _over_root(d, variance[i] * bessel)
+        d = value - other_mean[i]
+        step = gain * d
+        other_mean[i] = other_mean[i] + step
+        other_variance[i] = (_ONE - gain) * (other_variance[i] + step * d)
+
+
+@_kernel
+def subtract(
+    volume, mean, variance, difference, psc, z, into_mean, into_variance, bessel, gain, threads
+):
+    """See `rtfmri.backends.Backend.subtract`; no *into* is said by gain 0."""
+    n = volume.size
+    # Without this the compiler could not assume that the arrays are apart, and would not vectorise.
+    same = mean.ctypes.data == into_mean.ctypes.data
+    for thread in prange(threads):
+        part = slice(n * thread // threads, n * (thread + 1) // threads)
+        x, m, s = volume[part], mean[part], variance[part]
+        d, p, q = difference[part], psc[part], z[part]
+        if gain == _ZERO:
+            _subtract_only(x, m, s, d, p, q, bessel)
+        elif same:
+            _subtract_and_fold(x, m, s, d, p, q, bessel, gain)
+        else:
+            other = into_mean[part], into_variance[part]
+            _subtract_and_fold_other(x, m, s, d, p, q, other[0], other[1], bessel, gain)
+
+
+@_kernel
+def fold(volume, mean, variance, gain, threads):
+    """See `rtfmri.backends.Backend.fold`."""
+    n = volume.size
+    for thread in prange(threads):
+        part = slice(n * thread // threads, n * (thread + 1) // threads)
+        x, m, s = volume[part], mean[part], variance[part]
+        for i in range(x.size):
+            d = np.float32(x[i]) - m[i]
+            step = gain * d
+            m[i] = m[i] + step
+            s[i] = (_ONE - gain) * (s[i] + step * d)
+
+
+@_kernel
+def slide(volume, mean, variance, slot, difference, psc, z, bessel, gain, full, threads):
+    """See `rtfmri.backends.Backend.slide`; *slot* is the ring's row, (n_voxels,)."""
+    n = volume.size
+    for thread in prange(threads):
+        part = slice(n * thread // threads, n * (thread + 1) // threads)
+        x, m, s, oldest = volume[part], mean[part], variance[part], slot[part]
+        d, p, q = difference[part], psc[part], z[part]
+        if full:
+            _subtract_only(x, m, s, d, p, q, bessel)
+            for i in range(x.size):
+                value, old = np.float32(x[i]), np.float32(oldest[i])
+                step = gain * (value - old)
+                mean_after = m[i] + step
+                s_after = s[i] + step * ((value - mean_after) + (old - m[i]))
+                s[i] = s_after if s_after > _ZERO else _ZERO
+                m[i] = mean_after
+                oldest[i] = x[i]
+        else:
+            _subtract_and_fold(x, m, s, d, p, q, bessel, gain)
+            oldest[:] = x
+
+
+@_kernel
+def refresh(ring, mean, variance, start, stop, threads):
+    """See `rtfmri.backends.Backend.refresh`."""
+    window = np.float32(ring.shape[0])
+    n = stop - start
+    for thread in prange(threads):
+        part = slice(start + n * thread // threads, start + n * (thread + 1) // threads)
+        first, m, s = ring[0, part], mean[part], variance[part]
+        m[:] = _ZERO
+        for row in range(1, ring.shape[0]):
+            x = ring[row, part]
+            for i in range(m.size):
+                m[i] += np.float32(x[i]) - np.float32(first[i])
+        for i in range(m.size):
+            m[i] = np.float32(first[i]) + m[i] / window
+            s[i] = _ZERO
+        for row in range(ring.shape[0]):
+            x = ring[row, part]
+            for i in range(m.size):
+                d = np.float32(x[i]) - m[i]
+                s[i] += d * d
+        for i in range(m.size):
+            s[i] = s[i] / window
+
+
+@_kernel
+def contrast(mean_a, variance_a, mean_b, variance_b, effect, psc, t, per_dof_a, per_dof_b, threads):
+    """See `rtfmri.backends.Backend.contrast`; per_dof is 1 / (n - 1)."""
+    n = mean_a.size
+    for thread in prange(threads):
+        part = slice(n * thread // threads, n * (thread + 1) // threads)
+        ma, sa, mb, sb = mean_a[part], variance_a[part], mean_b[part], variance_b[part]
+        e, p, q = effect[part], psc[part], t[part]
+        for i in range(ma.size):
+            d = ma[i] - mb[i]
+            e[i] = d
+            p[i] = _psc(d, mb[i])
+            q[i] = _over_root(d, sa[i] * per_dof_a + sb[i] * per_dof_b)

@@ -1,0 +1,17 @@
+"""ROI means in numba: the twin of ``kernels/roi.cu``."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: ANN001, ANN202
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, error_model="numpy")
+def roi_means(volume, offsets, voxels, weights, means):
+    """See `rtfmri.backends.Backend.roi_means`; *means* (n_rois,) float32 is overwritten."""
+    for roi in range(means.size):
+        total = 0.0
+        for entry in range(offsets[roi], offsets[roi + 1]):
+            total += np.float64(weights[entry]) * np.float64(volume[voxels[entry]])
+        means[roi] = np.float32(total)

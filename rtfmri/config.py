@@ -1,0 +1,102 @@
+"""Settings: frozen, validated once, units in their names; read from TOML."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rtfmri.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+BaselineKind = Literal["cumulative", "exponential", "sliding", "fixed"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+
+
+class ParadigmSettings(_Settings):
+    """Which volumes count for which condition.
+
+    The BOLD response to a stimulus peaks about 5 s after it (Glover 1999, NeuroImage 9:416), and
+    the response to a block rises and falls through half its height about that long after the
+    block's edges. So conditions are looked up `haemodynamic_delay_s` earlier than a volume was
+    taken, and volumes within `transition_s` of an edge, where the signal is still on its way,
+    count for nothing.
+    """
+
+    haemodynamic_delay_s: Annotated[float, Field(ge=0, le=30)] = 5.0
+    """Seconds by which the signal follows the task."""
+    transition_s: Annotated[float, Field(ge=0, le=30)] = 2.0
+    """Seconds before and after a (delayed) edge of a block in which volumes are left out."""
+
+
+class BaselineSettings(_Settings):
+    """What everything is subtracted from."""
+
+    condition: Annotated[str, Field(min_length=1)] = "baseline"
+    """The condition that is the baseline: a trial_type of the events, or, where the events do not
+    name it, all the time that no event covers."""
+    kind: BaselineKind = "cumulative"
+    """cumulative: all baseline volumes so far, equally; exponential: newer ones count more;
+    sliding: the newest `window_volumes`; fixed: the first `window_volumes`, then frozen."""
+    window_volumes: Annotated[int, Field(ge=2, le=10_000)] = 20
+    """Length of the sliding or fixed window in baseline volumes; the exponential window has the
+    same effective number of volumes (its weight is 2 / (window_volumes + 1))."""
+
+
+class Config(_Settings):
+    """All settings of a run."""
+
+    device: Device = "auto"
+    """cpu, cuda, or auto: cuda where there is a GPU, else cpu."""
+    tr_s: Annotated[float, Field(gt=0, le=60)] | None = None
+    """Repetition time in seconds; None takes the headers'."""
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Time from a volume's arrival to its result; None means one TR."""
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    """CPU threads of the kernels; None takes all this process may use."""
+    paradigm: ParadigmSettings = ParadigmSettings()
+    baseline: BaselineSettings = BaselineSettings()
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Read settings from a TOML file.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read, is not TOML, or breaks a rule.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"cannot read the settings in {path}: {error}") from error
+        return cls(**values)
+
+    def with_changes(self, **changes: Any) -> Self:
+        """Return a copy with the given settings that are not None, validated again."""
+        kept = {name: value for name, value in changes.items() if value is not None}
+        return type(self)(**{**self.model_dump(), **kept})
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        nested = problem.get("ctx", {}).get("error")
+        if isinstance(nested, ConfigError):
+            lines.append(f"{name}.{nested}")
+        elif problem["type"] == "extra_forbidden":
+            lines.append(f"{name} is not a setting, got {problem['input']!r}")
+        else:
+            rule = problem["msg"].removeprefix("Input ")
+            lines.append(f"{name} {rule}, got {problem['input']!r}")
+    return "; ".join(lines)

@@ -1,0 +1,384 @@
+"""The recording: one HDF5 file a run, readable while it grows, whole after a crash.
+
+Layout (h5py; every dataset is chunked, every string has a fixed length)::
+
+    /                    attributes: format, tr_s, affine (4, 4), device, conditions, rois, version
+    /volumes             (n, z, y, x), as the scanner sent them; transposed it is (x, y, z)
+    /results             (n,) compound: index, clocks, conditions, latency, one time a stage
+    /roi                 (n, n_rois, 3) float64: signal, psc, z
+    /roi_weights         (n_rois, z, y, x) float32
+    /events              (n_events,) compound: onset_s, duration_s, trial_type
+    /config              the settings as JSON bytes, uint8
+    /maps/mean, effect, psc, t   (n_conditions, z, y, x) float32; /maps/n_volumes (n_conditions,)
+    /skipped             (m,) compound: after_index, reason
+    /n_complete          (1,) int64: rows of volumes, results and roi that are safe
+    /closed              (1,) uint8: 1 once the run has ended and the maps are in
+
+The file is in HDF5's single-writer-multiple-reader mode from its first volume on. `n_complete` is
+written last and flushed: a volume is *acknowledged* when `Recorder.append` returns, and no kill of
+the process loses an acknowledged volume (the data is with the operating system by then; a power
+cut is another matter).
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+import rtfmri
+from rtfmri.config import Config
+from rtfmri.errors import RecordingError
+from rtfmri.paradigm import Event, Paradigm
+from rtfmri.pipeline import ConditionMaps, Pipeline, Result
+from rtfmri.stages.roi import RoiValue
+from rtfmri.volume import Grid, Volume
+
+FORMAT = "rtfmri-recording-1"
+STAGES = ("decode", "wait", "upload", "baseline", "roi")
+_MAPS = ("mean", "effect", "psc", "t")
+_NAME = "S64"
+_SKIPPED = np.dtype([("after_index", np.int64), ("reason", "S160")])
+_EVENT = np.dtype([("onset_s", np.float64), ("duration_s", np.float64), ("trial_type", _NAME)])
+_RESULT = np.dtype(
+    [
+        ("index", np.int64),
+        ("time_s", np.float64),
+        ("acquired_s", np.float64),
+        ("arrived_s", np.float64),
+        ("conditions", np.uint64),
+        ("baseline_ready", np.bool_),
+        ("deadline_missed", np.bool_),
+        ("latency_ms", np.float64),
+        *((f"{stage}_ms", np.float64) for stage in STAGES),
+    ]
+)
+
+
+class Recorder:
+    """Writes a recording; not for use from two threads at once.
+
+    Parameters
+    ----------
+    path : path
+        Overwritten if it exists: who must not lose a file asks `reserve` first.
+    grid, tr_s, dtype
+        Of every volume.
+    config, paradigm, rois
+        Of the run; they are written into the file, so that it can be replayed.
+    device : str
+        What computes the results.
+
+    Raises
+    ------
+    RecordingError
+        If the file cannot be created, or there are more than 64 conditions.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        grid: Grid,
+        tr_s: float,
+        dtype: DTypeLike,
+        config: Config,
+        paradigm: Paradigm,
+        rois: Mapping[str, NDArray[Any]] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        rois = rois or {}
+        if len(paradigm.conditions) > 64:
+            raise RecordingError(
+                f"a recording holds at most 64 conditions, got {len(paradigm.conditions)}"
+            )
+        self._conditions = paradigm.conditions
+        self._rois = tuple(rois)
+        self.n_volumes = 0
+        zyx = grid.shape[::-1]
+        try:
+            self._file = h5py.File(path, "w", libver="latest")
+        except OSError as error:
+            raise RecordingError(f"cannot write the recording {path}: {error}") from error
+        file = self._file
+        file.attrs["format"] = np.bytes_(FORMAT)
+        file.attrs["version"] = np.bytes_(rtfmri.__version__)
+        file.attrs["device"] = np.bytes_(device)
+        file.attrs["tr_s"] = tr_s
+        file.attrs["affine"] = grid.affine
+        file.attrs["conditions"] = _names(self._conditions)
+        file.attrs["rois"] = _names(self._rois)
+        events = np.array(
+            [(e.onset_s, e.duration_s, e.trial_type.encode()) for e in paradigm.events], _EVENT
+        )
+        settings = np.frombuffer(config.model_dump_json().encode(), np.uint8)
+        n_rois, n_conditions = len(self._rois), len(self._conditions)
+        self._growing("volumes", zyx, dtype, chunk=1)
+        self._growing("results", (), _RESULT, chunk=64)
+        self._growing("roi", (n_rois, 3), np.float64, chunk=64)
+        self._growing("skipped", (), _SKIPPED, chunk=16)
+        weights = self._fixed("roi_weights", (n_rois, *zyx), np.float32)
+        for row, image in enumerate(rois.values()):
+            weights[row] = np.asarray(image, np.float32).T
+        self._fixed("events", events.shape, _EVENT)[:] = events
+        self._fixed("config", settings.shape, np.uint8)[:] = settings
+        for name in _MAPS:
+            self._fixed(f"maps/{name}", (n_conditions, *zyx), np.float32)
+        self._fixed("maps/n_volumes", (n_conditions,), np.int64)
+        self._n_complete = self._fixed("n_complete", (1,), np.int64)
+        self._closed = self._fixed("closed", (1,), np.uint8)
+        file.swmr_mode = True
+
+    def append(self, volume: Volume, result: Result) -> None:
+        """Write one volume and its result; on return no kill of the process can lose them."""
+        row = np.zeros((), _RESULT)
+        row["index"], row["time_s"] = volume.index, volume.time_s
+        row["acquired_s"] = np.nan if volume.acquired_s is None else volume.acquired_s
+        row["arrived_s"] = volume.arrived_s
+        row["conditions"] = sum(1 << self._conditions.index(c) for c in result.conditions)
+        row["baseline_ready"] = result.baseline_ready
+        row["deadline_missed"] = result.deadline_missed
+        row["latency_ms"] = result.latency_ms
+        for stage in STAGES:
+            row[f"{stage}_ms"] = result.stage_ms[stage]
+        values = [(v.signal, v.psc, v.z) for v in (result.roi[name] for name in self._rois)]
+        self._append(volume.data.T, row, np.array(values, np.float64).reshape(-1, 3))
+
+    def skip(self, reason: str) -> None:
+        """Write down that something arrived and was not used."""
+        entry = (self.n_volumes - 1, reason.encode("ascii", "replace")[: _SKIPPED["reason"].itemsize])
+        self._put("skipped", self._file["skipped"].shape[0], np.array(entry, _SKIPPED))
+        self._file.flush()
+
+    def close(self, maps: Mapping[str, ConditionMaps]) -> None:
+        """Write the run's maps, mark the recording as whole, and close it."""
+        for row, condition in enumerate(self._conditions):
+            values = maps[condition]
+            for name in _MAPS:
+                self._file[f"maps/{name}"][row] = getattr(values, name).T
+            self._file["maps/n_volumes"][row] = values.n_volumes
+        self._file.flush()
+        self._closed[0] = 1
+        self._file.close()
+
+    def _append(self, zyx: NDArray[Any], row: NDArray[Any], roi: NDArray[np.float64]) -> None:
+        for name, value in (("volumes", zyx), ("results", row), ("roi", roi)):
+            self._put(name, self.n_volumes, value)
+        self._file.flush()
+        self.n_volumes += 1
+        self._n_complete[0] = self.n_volumes
+        self._n_complete.flush()
+
+    def _put(self, name: str, row: int, value: NDArray[Any]) -> None:
+        dataset = self._file[name]
+        dataset.resize(row + 1, axis=0)
+        dataset[row] = value
+
+    def _growing(self, name: str, shape: Sequence[int], dtype: DTypeLike, chunk: int) -> None:
+        chunks = (chunk, *(max(1, n) for n in shape))
+        self._file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunks)
+
+    def _fixed(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> h5py.Dataset:
+        # An empty or contiguous dataset breaks readers of a growing file (HDFGroup/hdf5#5251).
+        chunks = tuple(max(1, n) for n in (1, *shape[1:])) if len(shape) > 1 else (max(1, *shape),)
+        maxshape = tuple(None if n == 0 else n for n in shape)
+        return self._file.create_dataset(name, shape, dtype, chunks=chunks, maxshape=maxshape)
+
+
+class Recording:
+    """A recording, read; it may still be growing. Use as a context manager.
+
+    Attributes
+    ----------
+    grid : Grid
+    tr_s : float
+    device : str
+    config : Config
+    conditions, roi_names : tuple of str
+        The baseline condition first.
+    events : tuple of Event
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._file = h5py.File(path, "r", swmr=True)
+        except OSError as error:
+            raise RecordingError(f"cannot read the recording {path}: {error}") from error
+        attributes = self._file.attrs
+        if attributes.get("format") != FORMAT.encode():
+            self._file.close()
+            raise RecordingError(f"{path} is no recording of this program: its format attribute is "
+                                 f"not {FORMAT}")
+        self.grid = Grid(self._file["volumes"].shape[:0:-1], attributes["affine"])
+        self.tr_s = float(attributes["tr_s"])
+        self.device = attributes["device"].decode()
+        self.config = Config(**json.loads(self._file["config"][:].tobytes()))
+        self.conditions = tuple(name.decode() for name in attributes["conditions"])
+        self.roi_names = tuple(name.decode() for name in attributes["rois"])
+        self.events = tuple(
+            Event(float(onset), float(duration), name.decode())
+            for onset, duration, name in self._file["events"][:].tolist()
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _rows(self, name: str) -> Any:
+        dataset = self._file[name]
+        dataset.refresh()
+        return dataset
+
+    @property
+    def n_volumes(self) -> int:
+        """Volumes that are safe, as of now."""
+        return int(self._rows("n_complete")[0])
+
+    @property
+    def closed(self) -> bool:
+        """Whether the run has ended properly and its maps are in."""
+        return bool(self._rows("closed")[0])
+
+    @property
+    def results(self) -> NDArray[Any]:
+        """One row a volume, (n_volumes,), with the fields that the module describes."""
+        return np.asarray(self._rows("results")[: self.n_volumes])
+
+    @property
+    def roi(self) -> NDArray[np.float64]:
+        """Signal, psc and z of each region, (n_volumes, n_rois, 3)."""
+        return np.asarray(self._rows("roi")[: self.n_volumes])
+
+    @property
+    def roi_weights(self) -> dict[str, NDArray[np.float32]]:
+        """Each region's weights, (x, y, z)."""
+        return {name: self._file["roi_weights"][i].T for i, name in enumerate(self.roi_names)}
+
+    @property
+    def skipped(self) -> list[tuple[int, str]]:
+        """What arrived and was not used: the row after which it came, and the reason."""
+        return [(int(row), reason.decode()) for row, reason in self._rows("skipped")[:].tolist()]
+
+    def members(self) -> NDArray[np.bool_]:
+        """Tell which volume counted for which condition, (n_volumes, n_conditions)."""
+        bits = np.arange(len(self.conditions), dtype=np.uint64)
+        return (self.results["conditions"][:, None] >> bits & np.uint64(1)).astype(bool)
+
+    def volume(self, row: int) -> Volume:
+        """Return the volume in *row*, from 0 to n_volumes - 1, as it was recorded."""
+        entry = self._rows("results")[row]
+        return Volume(
+            self._rows("volumes")[row].T,
+            self.grid,
+            int(entry["index"]),
+            self.tr_s,
+            acquired_s=None if np.isnan(entry["acquired_s"]) else float(entry["acquired_s"]),
+        )
+
+    def volumes(self) -> Iterator[Volume]:
+        """Return the volumes that are safe as of now, in the order in which they were processed."""
+        return (self.volume(row) for row in range(self.n_volumes))
+
+    def pipeline(self, device: str | None = None) -> Pipeline:
+        """Return a fresh pipeline with the settings, paradigm and regions of this run."""
+        config = self.config.with_changes(device=device)
+        return Pipeline(
+            self.grid,
+            config,
+            paradigm=Paradigm(self.events, config.paradigm, config.baseline),
+            rois=self.roi_weights,
+            dtype=self._file["volumes"].dtype,
+        )
+
+    def maps(self) -> dict[str, ConditionMaps]:
+        """Return each condition's maps; of a run that did not end properly, by replaying it."""
+        if not self.closed:
+            pipeline = self.pipeline(device="cpu")
+            for volume in self.volumes():
+                pipeline.push(volume)
+            return pipeline.maps()
+        counts = self._file["maps/n_volumes"][:]
+        return {
+            condition: ConditionMaps(
+                int(counts[i]), *(self._file[f"maps/{name}"][i].T for name in _MAPS)
+            )
+            for i, condition in enumerate(self.conditions)
+        }
+
+
+def open_recording(path: str | Path) -> Recording:
+    """Open a recording, finished, growing, or left behind by a crash.
+
+    Raises
+    ------
+    RecordingError
+        If the file cannot be read or is none.
+    """
+    return Recording(path)
+
+
+def reserve(path: str | Path) -> None:
+    """Create *path* as an empty file, so that a run cannot end with nowhere to write.
+
+    Raises
+    ------
+    RecordingError
+        If it exists already or cannot be created.
+    """
+    try:
+        Path(path).open("xb").close()
+    except FileExistsError:
+        raise RecordingError(f"the recording {path} exists already; name another file, or remove "
+                             "it") from None
+    except OSError as error:
+        raise RecordingError(f"cannot write the recording {path}: {error}") from error
+
+
+def recover(path: str | Path, out: str | Path) -> int:
+    """Copy every acknowledged volume of a broken recording into *out* and make its maps again.
+
+    Returns
+    -------
+    int
+        Number of volumes in *out*.
+
+    Raises
+    ------
+    RecordingError
+        If *path* cannot be read or holds no complete volume, or *out* exists or cannot be written.
+    """
+    with open_recording(path) as broken:
+        if not broken.n_volumes:
+            raise RecordingError(f"{path} holds no complete volume")
+        reserve(out)
+        pipeline = broken.pipeline(device="cpu")
+        recorder = Recorder(
+            out,
+            grid=broken.grid,
+            tr_s=broken.tr_s,
+            dtype=pipeline.dtype,
+            config=broken.config,
+            paradigm=pipeline.paradigm,
+            rois=broken.roi_weights,
+            device=broken.device,
+        )
+        for row, volume in enumerate(broken.volumes()):
+            pipeline.push(volume)
+            recorder._append(volume.data.T, broken.results[row], broken.roi[row])
+        for _, reason in broken.skipped:
+            recorder.skip(reason)
+        recorder.close(pipeline.maps())
+        return recorder.n_volumes
+
+
+def _names(names: Sequence[str]) -> NDArray[np.bytes_]:
+    return np.array([name.encode() for name in names], _NAME)

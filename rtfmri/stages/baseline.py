@@ -1,0 +1,177 @@
+"""Baseline and subtraction: moments of every condition, and each volume against the baseline."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from numpy.typing import DTypeLike
+
+from rtfmri.backends import Array, Backend, Contrast, Moments, Subtraction
+from rtfmri.config import BaselineSettings
+
+MIN_VOLUMES = 2
+"""Baseline volumes before the first difference is worth showing: a variance needs two."""
+
+
+@dataclass(slots=True)
+class ConditionState:
+    """What is known of one condition so far."""
+
+    moments: Moments
+    n_volumes: int = 0
+    sum_squared_weights: float = 1.0
+
+    @property
+    def n_effective(self) -> float:
+        """Effective number of volumes, 1 / sum of squared weights (Kish 1965); n if all are equal."""
+        return 1 / self.sum_squared_weights if self.n_volumes else 0.0
+
+    @property
+    def bessel(self) -> float:
+        """Factor from population to sample variance; 0 as long as there is none."""
+        return self.n_effective / (self.n_effective - 1) if self.n_volumes >= MIN_VOLUMES else 0.0
+
+    def count(self, gain: float) -> None:
+        """Take note that a volume was folded in with weight *gain*."""
+        self.n_volumes += 1
+        self.sum_squared_weights = (1 - gain) ** 2 * self.sum_squared_weights + gain**2
+
+
+class BaselineStage:
+    """Keeps each condition's running moments and subtracts the baseline from each volume.
+
+    The conditions are averaged over all their volumes; the baseline, condition 0, according to
+    `BaselineSettings.kind`. A volume is compared with the baseline volumes before it, then counts.
+
+    Parameters
+    ----------
+    backend : Backend
+        What executes it.
+    n_voxels : int
+        Voxels of a volume.
+    n_conditions : int
+        Conditions, the baseline included.
+    settings : BaselineSettings
+        Kind and length of the baseline.
+    dtype : dtype
+        Of the volumes; a sliding window keeps its volumes in it.
+
+    Attributes
+    ----------
+    conditions : list of ConditionState
+        The baseline first.
+    subtraction : Subtraction
+        The newest volume against the baseline before it.
+    ready : bool
+        Whether there was a baseline to subtract: two volumes or more.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        n_voxels: int,
+        n_conditions: int,
+        settings: BaselineSettings,
+        dtype: DTypeLike,
+    ) -> None:
+        def new() -> Array:
+            return backend.zeros(n_voxels)
+
+        self.conditions = [ConditionState(Moments(new(), new())) for _ in range(n_conditions)]
+        self.subtraction = Subtraction(new(), new(), new())
+        self.ready = False
+        self._contrast = Contrast(new(), new(), new())
+        self._backend = backend
+        self._settings = settings
+        self._n_voxels = n_voxels
+        sliding = settings.kind == "sliding"
+        self._ring = backend.zeros((settings.window_volumes, n_voxels), dtype) if sliding else None
+
+    def push(self, volume: Array, members: Sequence[int]) -> None:
+        """Subtract the baseline from *volume*, then fold it into its conditions.
+
+        Parameters
+        ----------
+        volume : (n_voxels,) int16, uint16 or float32
+            On the backend.
+        members : sequence of int
+            The conditions it counts for; none at all is fine.
+        """
+        self.ready = self.conditions[0].n_volumes >= MIN_VOLUMES
+        counted = [condition for condition in members if self._gain(condition) > 0]
+        if self._ring is not None and 0 in counted:
+            self._slide(volume)
+            counted.remove(0)
+        else:
+            self._subtract(volume, counted.pop(0) if counted else None)
+        for condition in counted:
+            gain = self._gain(condition)
+            self._backend.fold(volume, self.conditions[condition].moments, gain=gain)
+            self.conditions[condition].count(gain)
+
+    def contrast(self, condition: int) -> Contrast | None:
+        """Return effect, PSC and Welch's t of *condition* against the baseline.
+
+        Returns
+        -------
+        Contrast or None
+            Valid until the next call; None while either has fewer than two volumes.
+        """
+        state, baseline = self.conditions[condition], self.conditions[0]
+        if min(state.n_volumes, baseline.n_volumes) < MIN_VOLUMES:
+            return None
+        self._backend.contrast(
+            state.moments,
+            state.n_effective,
+            baseline.moments,
+            baseline.n_effective,
+            self._contrast,
+        )
+        return self._contrast
+
+    def _gain(self, condition: int) -> float:
+        """Weight of the next volume of *condition*; 0 leaves it out."""
+        n = self.conditions[condition].n_volumes + 1
+        if condition == 0:
+            if self._settings.kind == "fixed" and n > self._settings.window_volumes:
+                return 0.0
+            if self._settings.kind == "exponential":
+                # A plain mean at first, so that the first volume weighs no more than the others.
+                return max(1 / n, 2 / (self._settings.window_volumes + 1))
+        return 1 / n
+
+    def _subtract(self, volume: Array, condition: int | None) -> None:
+        baseline = self.conditions[0]
+        into = None if condition is None else self.conditions[condition]
+        gain = 0.0 if condition is None else self._gain(condition)
+        self._backend.subtract(
+            volume,
+            baseline.moments,
+            self.subtraction,
+            bessel=baseline.bessel,
+            into=into and into.moments,
+            gain=gain,
+        )
+        if into:
+            into.count(gain)
+
+    def _slide(self, volume: Array) -> None:
+        baseline, window = self.conditions[0], self._settings.window_volumes
+        slot = baseline.n_volumes % window
+        full = baseline.n_volumes >= window
+        n_after = min(baseline.n_volumes + 1, window)
+        self._backend.slide(
+            volume,
+            baseline.moments,
+            self._ring,
+            slot,
+            self.subtraction,
+            bessel=baseline.bessel,
+            gain=1 / n_after,
+            full=full,
+        )
+        baseline.n_volumes += 1
+        baseline.sum_squared_weights = 1 / n_after
+        if full:
+            start, stop = (self._n_voxels * part // window for part in (slot, slot + 1))
+            if stop > start:
+                self._backend.refresh(self._ring, baseline.moments, start, stop)

@@ -1,0 +1,162 @@
+"""Volume and Grid: axes, affine and clocks, said once.
+
+Axes
+    Public arrays are ``(x, y, z)`` with x fastest in memory (Fortran order), so that a scanner's
+    buffer is used as it came. ``Volume.flat`` is the same memory in one dimension.
+Affine
+    ``Grid.affine`` maps a voxel index ``(i, j, k)`` to scanner millimetres, RAS+ (x grows to the
+    participant's right, y to the front, z to the top), as in nibabel. DICOM's LPS+ is turned by the reader.
+Clocks
+    ``arrived_s`` and ``decoded_s`` are `time.perf_counter` seconds of this process;
+    ``acquired_s`` is the scanner's own time of day, in seconds since its midnight.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfmri.errors import GridError, VolumeError
+
+VOXEL_DTYPES = (np.dtype(np.int16), np.dtype(np.uint16), np.dtype(np.float32))
+"""The voxel types a volume may have; they go to the kernels unconverted."""
+
+AFFINE_TOLERANCE_MM = 1e-3
+"""Grids whose corners differ by less than this are one grid (headers are rounded to text)."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Grid:
+    """Shape and position of a volume.
+
+    Parameters
+    ----------
+    shape : (int, int, int)
+        Number of voxels along x, y, z.
+    affine : (4, 4) float64
+        Voxel index to scanner mm, RAS+.
+
+    Raises
+    ------
+    GridError
+        If the shape is not three positive numbers or the affine is not finite and invertible.
+    """
+
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or any(n < 1 for n in self.shape):
+            raise GridError(f"shape must be three positive numbers, got {tuple(self.shape)}")
+        affine = np.array(self.affine, np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise GridError(f"affine must be 4x4 and finite, got {affine.tolist()}")
+        if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            raise GridError(f"affine must be invertible, got {affine.tolist()}")
+        affine.setflags(write=False)
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "affine", affine)
+
+    @property
+    def n_voxels(self) -> int:
+        """Number of voxels."""
+        return int(np.prod(self.shape))
+
+    @property
+    def voxel_size_mm(self) -> tuple[float, float, float]:
+        """Edge lengths of a voxel along x, y, z, in mm."""
+        x, y, z = np.sqrt((self.affine[:3, :3] ** 2).sum(0))
+        return float(x), float(y), float(z)
+
+    def matches(self, other: "Grid") -> bool:
+        """Tell whether *other* has the same shape and all its corners within 1 micrometre."""
+        if self.shape != other.shape:
+            return False
+        if np.array_equal(self.affine, other.affine):
+            return True
+        corners = np.array(np.meshgrid(*((0, n - 1) for n in self.shape))).reshape(3, -1)
+        moved = (self.affine - other.affine) @ np.vstack([corners, np.ones(corners.shape[1])])
+        return bool(np.abs(moved).max() < AFFINE_TOLERANCE_MM)
+
+    def __str__(self) -> str:
+        shape = "x".join(str(n) for n in self.shape)
+        size = "x".join(f"{s:.3g}" for s in self.voxel_size_mm)
+        return f"{shape} voxels of {size} mm"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Volume:
+    """One 3-D image as the scanner delivered it.
+
+    Parameters
+    ----------
+    data : (x, y, z) int16, uint16 or float32
+        Fortran-ordered, in scanner units.
+    grid : Grid
+        Its shape and position.
+    index : int
+        Position in the run, from 0, as the scanner counts it (not as it arrived).
+    tr_s : float
+        Time between volumes in seconds.
+    acquired_s : float or None
+        Scanner's time of day of this volume in seconds since midnight, where the header has it.
+    arrived_s, decoded_s : float
+        `time.perf_counter` when its last byte was here, and when it became this object; both now
+        by default.
+
+    Raises
+    ------
+    VolumeError
+        If dtype, memory order, shape, index or TR break the rules above.
+    """
+
+    data: NDArray[Any]
+    grid: Grid
+    index: int
+    tr_s: float
+    acquired_s: float | None = None
+    arrived_s: float = field(default_factory=time.perf_counter)
+    decoded_s: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.data.dtype not in VOXEL_DTYPES:
+            names = ", ".join(str(d) for d in VOXEL_DTYPES)
+            raise VolumeError(f"dtype must be one of {names}, got {self.data.dtype}")
+        if self.data.shape != self.grid.shape:
+            raise VolumeError(f"data is {self.data.shape} but its grid is {self.grid.shape}")
+        if not self.data.flags.f_contiguous:
+            raise VolumeError("data must be x fastest in memory (Fortran order)")
+        if self.index < 0:
+            raise VolumeError(f"index must be 0 or more, got {self.index}")
+        if not self.tr_s > 0:
+            raise VolumeError(f"tr_s must be above 0, got {self.tr_s}")
+
+    @property
+    def flat(self) -> NDArray[Any]:
+        """The voxels in memory order, shape (n_voxels,), without a copy."""
+        return self.data.reshape(-1, order="F")
+
+    @property
+    def time_s(self) -> float:
+        """Start of its acquisition, in seconds after the start of volume 0."""
+        return self.index * self.tr_s
+
+
+def as_voxels(array: NDArray[Any]) -> NDArray[Any]:
+    """Return *array* (x, y, z) as a volume's data: a permitted dtype, native bytes, x fastest.
+
+    Integer types that fit are kept as integers; everything else becomes float32.
+    """
+    dtype = array.dtype.newbyteorder("=")
+    if dtype not in VOXEL_DTYPES:
+        fits = dtype.kind in "iub" and dtype.itemsize == 1
+        dtype = np.dtype(np.int16) if fits else np.dtype(np.float32)
+    return np.asfortranarray(array, dtype=dtype)
+
+
+def unflatten(flat: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """Return a flat map as ``(x, y, z)`` with x fastest, without a copy."""
+    return flat.reshape(tuple(shape), order="F")
