@@ -10,7 +10,7 @@ Layout (h5py; every dataset is chunked, every string has a fixed length)::
     /events              (n_events,) compound: onset_s, duration_s, trial_type
     /config              the settings as JSON bytes, uint8
     /maps/mean, effect, psc, t   (n_conditions, z, y, x) float32; /maps/n_volumes (n_conditions,)
-    /skipped             (m,) compound: after_index, reason
+    /skipped             (m,) compound: before_row, reason
     /n_complete          (1,) int64: rows of volumes, results and roi that are safe
     /closed              (1,) uint8: 1 once the run has ended and the maps are in
 
@@ -34,14 +34,13 @@ from rtfmri.config import Config
 from rtfmri.errors import RecordingError
 from rtfmri.paradigm import Event, Paradigm
 from rtfmri.pipeline import ConditionMaps, Pipeline, Result
-from rtfmri.stages.roi import RoiValue
 from rtfmri.volume import Grid, Volume
 
 FORMAT = "rtfmri-recording-1"
 STAGES = ("decode", "wait", "upload", "baseline", "roi")
 _MAPS = ("mean", "effect", "psc", "t")
 _NAME = "S64"
-_SKIPPED = np.dtype([("after_index", np.int64), ("reason", "S160")])
+_SKIPPED = np.dtype([("before_row", np.int64), ("reason", "S160")])
 _EVENT = np.dtype([("onset_s", np.float64), ("duration_s", np.float64), ("trial_type", _NAME)])
 _RESULT = np.dtype(
     [
@@ -116,20 +115,20 @@ class Recorder:
         )
         settings = np.frombuffer(config.model_dump_json().encode(), np.uint8)
         n_rois, n_conditions = len(self._rois), len(self._conditions)
-        self._growing("volumes", zyx, dtype, chunk=1)
-        self._growing("results", (), _RESULT, chunk=64)
-        self._growing("roi", (n_rois, 3), np.float64, chunk=64)
-        self._growing("skipped", (), _SKIPPED, chunk=16)
-        weights = self._fixed("roi_weights", (n_rois, *zyx), np.float32)
+        self._create("volumes", (0, *zyx), dtype)
+        self._create("results", (0,), _RESULT, rows=64)
+        self._create("roi", (0, n_rois, 3), np.float64, rows=64)
+        self._create("skipped", (0,), _SKIPPED, rows=16)
+        weights = self._create("roi_weights", (n_rois, *zyx), np.float32)
         for row, image in enumerate(rois.values()):
             weights[row] = np.asarray(image, np.float32).T
-        self._fixed("events", events.shape, _EVENT)[:] = events
-        self._fixed("config", settings.shape, np.uint8)[:] = settings
+        self._create("events", events.shape, _EVENT)[:] = events
+        self._create("config", settings.shape, np.uint8, rows=settings.size)[:] = settings
         for name in _MAPS:
-            self._fixed(f"maps/{name}", (n_conditions, *zyx), np.float32)
-        self._fixed("maps/n_volumes", (n_conditions,), np.int64)
-        self._n_complete = self._fixed("n_complete", (1,), np.int64)
-        self._closed = self._fixed("closed", (1,), np.uint8)
+            self._create(f"maps/{name}", (n_conditions, *zyx), np.float32)
+        self._create("maps/n_volumes", (n_conditions,), np.int64)
+        self._n_complete = self._create("n_complete", (1,), np.int64)
+        self._closed = self._create("closed", (1,), np.uint8)
         file.swmr_mode = True
 
     def append(self, volume: Volume, result: Result) -> None:
@@ -149,9 +148,7 @@ class Recorder:
 
     def skip(self, reason: str) -> None:
         """Write down that something arrived and was not used."""
-        entry = (self.n_volumes - 1, reason.encode("ascii", "replace")[: _SKIPPED["reason"].itemsize])
-        self._put("skipped", self._file["skipped"].shape[0], np.array(entry, _SKIPPED))
-        self._file.flush()
+        self._skip(self.n_volumes, reason)
 
     def close(self, maps: Mapping[str, ConditionMaps]) -> None:
         """Write the run's maps, mark the recording as whole, and close it."""
@@ -164,27 +161,33 @@ class Recorder:
         self._closed[0] = 1
         self._file.close()
 
+    def _skip(self, before_row: int, reason: str) -> None:
+        entry = np.array((before_row, reason.encode("ascii", "replace")), _SKIPPED)
+        self._put("skipped", self._file["skipped"].shape[0], entry)
+        self._file.flush()
+
     def _append(self, zyx: NDArray[Any], row: NDArray[Any], roi: NDArray[np.float64]) -> None:
         for name, value in (("volumes", zyx), ("results", row), ("roi", roi)):
             self._put(name, self.n_volumes, value)
         self._file.flush()
-        self.n_volumes += 1
-        self._n_complete[0] = self.n_volumes
+        self._n_complete[0] = self.n_volumes + 1
         self._n_complete.flush()
+        self.n_volumes += 1
 
     def _put(self, name: str, row: int, value: NDArray[Any]) -> None:
         dataset = self._file[name]
         dataset.resize(row + 1, axis=0)
         dataset[row] = value
 
-    def _growing(self, name: str, shape: Sequence[int], dtype: DTypeLike, chunk: int) -> None:
-        chunks = (chunk, *(max(1, n) for n in shape))
-        self._file.create_dataset(name, (0, *shape), dtype, maxshape=(None, *shape), chunks=chunks)
+    def _create(
+        self, name: str, shape: Sequence[int], dtype: DTypeLike, rows: int = 1
+    ) -> h5py.Dataset:
+        """Create a dataset in chunks of *rows*; an axis of length 0 can grow.
 
-    def _fixed(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> h5py.Dataset:
-        # An empty or contiguous dataset breaks readers of a growing file (HDFGroup/hdf5#5251).
-        chunks = tuple(max(1, n) for n in (1, *shape[1:])) if len(shape) > 1 else (max(1, *shape),)
-        maxshape = tuple(None if n == 0 else n for n in shape)
+        One empty or contiguous dataset breaks the readers of a growing file (HDFGroup/hdf5#5251).
+        """
+        chunks = (rows, *(max(1, n) for n in shape[1:]))
+        maxshape = tuple(n or None for n in shape)
         return self._file.create_dataset(name, shape, dtype, chunks=chunks, maxshape=maxshape)
 
 
@@ -204,14 +207,14 @@ class Recording:
 
     def __init__(self, path: str | Path) -> None:
         try:
+            _check_start(Path(path))
             self._file = h5py.File(path, "r", swmr=True)
         except OSError as error:
             raise RecordingError(f"cannot read the recording {path}: {error}") from error
         attributes = self._file.attrs
         if attributes.get("format") != FORMAT.encode():
             self._file.close()
-            raise RecordingError(f"{path} is no recording of this program: its format attribute is "
-                                 f"not {FORMAT}")
+            raise RecordingError(f"{path} is HDF5, but no recording: its format is not {FORMAT}")
         self.grid = Grid(self._file["volumes"].shape[:0:-1], attributes["affine"])
         self.tr_s = float(attributes["tr_s"])
         self.device = attributes["device"].decode()
@@ -265,7 +268,7 @@ class Recording:
 
     @property
     def skipped(self) -> list[tuple[int, str]]:
-        """What arrived and was not used: the row after which it came, and the reason."""
+        """What arrived and was not used: the row of the next volume, and the reason."""
         return [(int(row), reason.decode()) for row, reason in self._rows("skipped")[:].tolist()]
 
     def members(self) -> NDArray[np.bool_]:
@@ -371,13 +374,28 @@ def recover(path: str | Path, out: str | Path) -> int:
             rois=broken.roi_weights,
             device=broken.device,
         )
-        for row, volume in enumerate(broken.volumes()):
+        for volume, row, roi in zip(broken.volumes(), broken.results, broken.roi, strict=False):
             pipeline.push(volume)
-            recorder._append(volume.data.T, broken.results[row], broken.roi[row])
-        for _, reason in broken.skipped:
-            recorder.skip(reason)
+            recorder._append(volume.data.T, row, roi)
+        for before_row, reason in broken.skipped:
+            recorder._skip(before_row, reason)
         recorder.close(pipeline.maps())
         return recorder.n_volumes
+
+
+def _check_start(path: Path) -> None:
+    """Refuse what is no HDF5 with superblock version 3, or shorter than that says.
+
+    Opened for SWMR reading, such a file would be read again and again for hours, as if a writer
+    were about to complete it (HDF5 file format specification 3.0, section II.A).
+    """
+    with path.open("rb") as file:
+        start = file.read(48)
+    if start[:9] != b"\x89HDF\r\n\x1a\n\x03" or len(start) < 48:
+        raise OSError("it is not HDF5 as this program writes it")
+    size, expected = path.stat().st_size, int.from_bytes(start[28:36], "little")
+    if size < expected:
+        raise OSError(f"it is cut short, {size} bytes of at least {expected}")
 
 
 def _names(names: Sequence[str]) -> NDArray[np.bytes_]:

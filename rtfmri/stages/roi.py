@@ -90,7 +90,7 @@ def _roi_table(rois: Mapping[str, NDArray[Any]]) -> RoiTable:
             raise ConfigError(f"ROI {name!r}: weights must be finite and 0 or more")
         inside = np.flatnonzero(flat)
         if not inside.size:
-            raise ConfigError(f"ROI {name!r} must have a voxel inside the volume, got none")
+            raise ConfigError(f"ROI {name!r} must have at least one voxel above 0, got none")
         voxels.append(inside.astype(np.int32))
         weights.append((flat[inside] / flat[inside].sum()).astype(np.float32))
         offsets.append(offsets[-1] + inside.size)

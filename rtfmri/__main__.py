@@ -1,0 +1,5 @@
+"""Run the command line: ``python -m rtfmri``."""
+
+from rtfmri.cli import main
+
+main()

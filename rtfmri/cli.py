@@ -1,0 +1,361 @@
+"""The command line: every command parses, calls one function of the package, and shows the result."""
+
+import importlib.util
+import json
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from rtfmri import __version__
+from rtfmri.errors import ConfigError, RtfmriError
+
+app = typer.Typer(
+    help="Real-time fMRI on the GPU: each volume through baseline and subtraction within its TR.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+
+class Device(StrEnum):
+    """What computes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A NIfTI file, a folder of DICOM or NIfTI files, a recording (.h5), or a URI: "
+        "folder:/export (live), simulator:finger-tapping"
+    ),
+]
+TrOption = Annotated[
+    float | None, typer.Option("--tr", help="Repetition time in s, instead of the headers'.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="What computes; auto takes a GPU if there is one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for machines.")]
+RecordingArgument = Annotated[Path, typer.Argument(help="A recording (.h5).")]
+
+
+def main() -> None:
+    """Run the command line; errors of use end with a sentence, not a traceback."""
+    try:
+        app()
+    except RtfmriError as error:
+        err_console.print("error:", style="bold red", end=" ")
+        err_console.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out_console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    handler = RichHandler(console=err_console, show_path=False, log_time_format="%H:%M:%S")
+    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+
+
+@app.command()
+def run(
+    source: Source,
+    events: Annotated[Path | None, typer.Option(help="The task: a BIDS events.tsv.")] = None,
+    tr: TrOption = None,
+    out: Annotated[Path | None, typer.Option(help="Record into this file (.h5).")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in TOML.")] = None,
+    roi: Annotated[
+        list[str] | None, typer.Option(help="A region as NAME=FILE; may be repeated.")
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="What computes: auto, cpu or cuda.")
+    ] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(help="Play a recorded source at this multiple of its TR's pace."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take each volume of SOURCE through the pipeline as it comes, and record it."""
+    from rtfmri.config import Config
+    from rtfmri.session import Session
+
+    settings = (Config.from_toml(config) if config else Config()).with_changes(
+        tr_s=tr, device=device and device.value
+    )
+    rois = dict(_split_roi(text) for text in roi or [])
+    with Session(
+        source, events=events, rois=rois, config=settings, out=out, speed=speed
+    ) as session:
+        try:
+            if as_json:
+                for result in session:
+                    print(json.dumps(_result_json(result, session)), flush=True)
+            else:
+                _watch(session)
+        except KeyboardInterrupt:
+            err_console.print("stopped by the operator; closing the recording")
+    summary = session.summary()
+    if as_json:
+        print(json.dumps({"summary": summary}))
+    else:
+        _show_summary(summary)
+    if out and not as_json:
+        out_console.print(f"recorded in {out}; next: rtfmri report {out}", highlight=False)
+    if session.counters.processed > session.n_recorded and out:
+        raise typer.Exit(3)
+
+
+def _split_roi(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise ConfigError(f"--roi must be NAME=FILE, got {text!r}")
+    return name, file
+
+
+def _result_json(result: Any, session: Any) -> dict[str, Any]:
+    return {
+        "index": result.index,
+        "time_s": round(result.time_s, 3),
+        "conditions": result.conditions,
+        "roi": {
+            name: {
+                "signal": value.signal,
+                "psc": value.psc if result.baseline_ready else None,
+                "z": value.z if result.baseline_ready else None,
+            }
+            for name, value in result.roi.items()
+        },
+        "latency_ms": round(result.latency_ms, 3),
+        "recorded": session.n_recorded,
+    }
+
+
+def _watch(session: Any) -> None:
+    """Show the run as it goes."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("volume"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[state]}", markup=False),
+        console=err_console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("run", total=session.n_volumes, state="waiting for a volume")
+        for result in session:
+            what = "+".join(result.conditions) or "transition"
+            values = "  ".join(f"{name} {v.psc:+.2f} %" for name, v in result.roi.items())
+            state = f"{what}  {result.latency_ms:.1f} ms  {values}"
+            progress.update(task, completed=session.counters.processed, state=state)
+
+
+def _show_summary(summary: dict[str, Any]) -> None:
+    table = Table(title="The run", title_justify="left", show_header=False)
+    table.add_row("volumes", str(summary["volumes"]))
+    for name, n in summary["conditions"].items():
+        table.add_row(f"  {name}", str(n))
+    table.add_row("missing", str(summary["missing"]))
+    for reason, n in summary["skipped"].items():
+        table.add_row("skipped", f"{n}: {reason}")
+    latency = summary["latency_ms"]
+    table.add_row("latency p50 / p99", f"{latency['p50']:.2f} / {latency['p99']:.2f} ms")
+    table.add_row("late results", str(summary["missed_deadlines"]))
+    table.add_row("device", summary["device"])
+    out_console.print(table)
+    if not summary["contrasts"]:
+        return
+    table = Table(title="Against the baseline (Welch's t)", title_justify="left")
+    for column in ("condition", "where", "t", "at x, y, z (mm)"):
+        table.add_column(column)
+    for condition, values in summary["contrasts"].items():
+        for name, t in values["roi_t"].items():
+            table.add_row(condition, name, f"{t:+.1f}", "")
+        place = ", ".join(f"{mm:.0f}" for mm in values["peak_mm"])
+        table.add_row(condition, "peak", f"{values['peak_t']:+.1f}", place)
+    out_console.print(table)
+
+
+@app.command()
+def simulate(
+    source: Source,
+    to: Annotated[str, typer.Option(help="folder:DIR, with ?format=dicom (default) or nifti.")],
+    tr: TrOption = None,
+    speed: Annotated[float, typer.Option(help="Multiple of the TR's pace.")] = 1.0,
+) -> None:
+    """Play SOURCE as a scanner would: each volume is written when its TR has passed."""
+    from rich.progress import track
+
+    from rtfmri.readers import open_reader
+    from rtfmri.simulator import play
+
+    reader = open_reader(source, tr_s=tr)
+    written = play(
+        track(reader, "scanning", total=reader.n_volumes, console=err_console, transient=True),
+        to,
+        speed=speed,
+    )
+    out_console.print(f"{written} volumes written to {to}", highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A new folder for everything.")] = Path("rtfmri-demo"),
+    device: DeviceOption = Device.auto,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate a finger-tapping run, take it through the pipeline, and draw what was found."""
+    from rtfmri.demo import run_demo
+
+    with err_console.status("starting") as status:
+        found = run_demo(out, device=device.value, say=status.update)
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return
+    out_console.print(found.table())
+
+
+@app.command()
+def report(
+    recording: RecordingArgument,
+    out: Annotated[Path | None, typer.Option(help="Folder of the page and its pictures.")] = None,
+) -> None:
+    """Draw a recording: pictures as PNG and one self-contained HTML page."""
+    from rtfmri.report import write_report
+
+    with err_console.status("drawing"):
+        page = write_report(recording, out or recording.with_name(f"{recording.stem}-report"))
+    out_console.print(f"report: {page}", highlight=False)
+
+
+@app.command()
+def export(
+    recording: RecordingArgument,
+    bids: Annotated[Path, typer.Option(help="The BIDS derivatives folder to write into.")],
+    subject: Annotated[str, typer.Option(help="The BIDS subject label.")] = "01",
+) -> None:
+    """Export a recording's maps and time courses as a BIDS derivative."""
+    from rtfmri.export import export_bids
+
+    files = export_bids(recording, bids, subject=subject)
+    out_console.print(f"{len(files)} files written to {bids}", highlight=False)
+
+
+@app.command()
+def recover(
+    recording: RecordingArgument,
+    out: Annotated[Path, typer.Argument(help="The mended recording to write.")],
+) -> None:
+    """Rescue every acknowledged volume of a recording that a crash left behind."""
+    from rtfmri.recording import recover as mend
+
+    with err_console.status("copying and replaying"):
+        n_volumes = mend(recording, out)
+    out_console.print(f"{n_volumes} volumes recovered into {out}", highlight=False)
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Run only this suite; may be repeated.")
+    ] = None,
+    grid: Annotated[
+        str, typer.Option(help="Grids, as 64x64x36,104x104x72.")
+    ] = "64x64x36,104x104x72,192x192x84",
+    device: DeviceOption = Device.auto,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures and the machine here.")
+    ] = None,
+) -> None:
+    """Measure what this machine can do, against its own memory bandwidth."""
+    suites = load_benchmarks()
+    grids = [_parse_grid(text) for text in grid.split(",")]
+    with err_console.status("measuring") as status:
+        figures = suites.run(
+            device=device.value,
+            grids=grids,
+            suites=suite or list(suites.SUITES),
+            progress=status.update,
+        )
+    for table in suites.tables(figures):
+        out_console.print(table)
+    if json_file:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        out_console.print(f"figures in {json_file}", highlight=False)
+
+
+def _parse_grid(text: str) -> tuple[int, int, int]:
+    try:
+        x, y, z = (int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"--grid must be like 64x64x36, got {text!r}") from None
+    if min(x, y, z) < 1:
+        raise ConfigError(f"--grid must have positive sides, got {text!r}")
+    return x, y, z
+
+
+def load_benchmarks() -> Any:
+    """Return the benchmark suites: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_benchmarks", package.parent / "benchmarks"):
+        if (folder / "__init__.py").is_file():
+            spec = importlib.util.spec_from_file_location("rtfmri_benchmarks", folder / "__init__.py")
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            return module
+    raise ConfigError(f"the benchmarks are missing beside {package}; reinstall rtfmri")
+
+
+@app.command()
+def check(as_json: JsonOption = False) -> None:
+    """Show what this machine has, what is missing, and the command that adds it."""
+    from dataclasses import asdict
+
+    from rtfmri.machine import inspect
+
+    with err_console.status("looking"):
+        findings = inspect()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        return
+    marks = {"ok": "[green]ok", "warning": "[yellow]look", "missing": "[yellow]missing"}
+    table = Table(title="This machine", title_justify="left")
+    for column in ("", "what", "found", "to do"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(marks[finding.status], finding.name, escape(finding.value), escape(finding.advice))
+    out_console.print(table)

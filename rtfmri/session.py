@@ -1,0 +1,323 @@
+"""A session: volumes from a reader through the pipeline, recorded, counted and timed.
+
+Three threads, so that reading, processing and recording overlap: a reader thread keeps the next
+volumes ready, the caller's thread (who iterates) computes, a writer thread records.
+"""
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+from rtfmri.config import Config
+from rtfmri.errors import ConfigError, GridError, SourceError, VolumeError
+from rtfmri.paradigm import Event, Paradigm, read_events
+from rtfmri.pipeline import ConditionMaps, Pipeline, Result
+from rtfmri.readers import Reader, Skipped, open_reader
+from rtfmri.readers.nifti import read_roi
+from rtfmri.recording import Recorder, reserve
+from rtfmri.timing import LatencyHistogram
+from rtfmri.volume import Volume
+
+_log = logging.getLogger(__name__)
+
+_READ_AHEAD = 2
+_WRITE_BEHIND = 32
+_TR_TOLERANCE_S = 1e-4
+
+
+@dataclass(slots=True)
+class Counters:
+    """What became of everything that arrived.
+
+    ``arrived`` counts volumes and everything else the reader met; each is ``processed`` or
+    ``skipped`` (by reason). ``missing`` volumes never came although later ones did;
+    ``missed_deadlines`` counts results that came late.
+    """
+
+    arrived: int = 0
+    processed: int = 0
+    missing: int = 0
+    missed_deadlines: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+class Session:
+    """One run: iterate to get a `Result` per volume; use as a context manager.
+
+    Parameters
+    ----------
+    source : str or Reader
+        Where volumes come from: a path or URI for `open_reader`, or a reader.
+    events : path or sequence of Event, optional
+        The task. Without, every volume is baseline.
+    rois : mapping of str to path or (x, y, z) array, optional
+        Regions; images on another grid are resampled.
+    config : Config, optional
+        Settings.
+    out : path, optional
+        The recording to write; it must not exist.
+    speed : float, optional
+        For recorded sources: 1 plays at the pace of the TR, None as fast as it goes.
+
+    Attributes
+    ----------
+    paradigm : Paradigm
+    counters : Counters
+    latency : LatencyHistogram
+        From arrival to result.
+    pipeline : Pipeline or None
+        None before the first volume, which fixes the grid.
+
+    Raises
+    ------
+    RtfmriError
+        If the source, the events, a region, a setting or the output cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: str | Reader,
+        *,
+        events: str | Path | Iterable[Event] | None = None,
+        rois: Mapping[str, str | Path | NDArray[Any]] | None = None,
+        config: Config | None = None,
+        out: str | Path | None = None,
+        speed: float | None = None,
+    ) -> None:
+        self._config = config or Config()
+        task = read_events(events) if isinstance(events, str | Path) else tuple(events or ())
+        self.paradigm = Paradigm(task, self._config.paradigm, self._config.baseline)
+        for condition in self.paradigm.unreachable:
+            _log.warning(
+                "condition %r: every event is shorter than twice transition_s (%g s), so no "
+                "volume will count for it",
+                condition,
+                self._config.paradigm.transition_s,
+            )
+        self._rois = dict(rois or {})
+        for name, image in self._rois.items():
+            if isinstance(image, str | Path) and not Path(image).is_file():
+                raise ConfigError(f"ROI {name!r}: no such file: {image}")
+        if isinstance(source, str):
+            source = open_reader(source, tr_s=self._config.tr_s, speed=speed)
+        self._reader = source
+        self._out = None if out is None else Path(out)
+        if self._out:
+            reserve(self._out)
+        self.counters = Counters()
+        self.latency = LatencyHistogram()
+        self.pipeline: Pipeline | None = None
+        self._newest_index = -1
+        self._tr_s = 0.0
+        self._late = False
+        self._writer: _Writer | None = None
+        as_fast_as_it_goes = not self._reader.live and speed is None
+        self._write_behind = _WRITE_BEHIND if as_fast_as_it_goes else 0
+        self._closed = False
+        self._read: queue.Queue[Volume | Skipped | BaseException | None] = queue.Queue(_READ_AHEAD)
+        self._thread = threading.Thread(target=self._read_all, name="rtfmri-reader", daemon=True)
+        self._thread.start()
+
+    @property
+    def n_recorded(self) -> int:
+        """Volumes that are safe in the recording, as of now."""
+        return self._writer.n_recorded if self._writer else 0
+
+    @property
+    def n_volumes(self) -> int | None:
+        """How many volumes the source says it will give, where it knows."""
+        return self._reader.n_volumes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Result]:
+        """Yield a result per usable volume, until the source ends.
+
+        Raises
+        ------
+        SourceError
+            If the source breaks, or ends without one usable volume.
+        """
+        while not self._closed and (item := self._read.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            self.counters.arrived += 1
+            if isinstance(item, Skipped):
+                self._skip(item.name, item.reason)
+            elif (result := self._process(item)) is not None:
+                yield result
+        if not self.counters.processed and not self._closed:
+            reasons = "; ".join(f"{n}x {why}" for why, n in self.counters.skipped.items())
+            raise SourceError(f"the source held no usable volume ({reasons or 'nothing came'})")
+
+    def close(self) -> None:
+        """Stop reading, record what was processed with its maps, and close the recording."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reader.close()
+        while self._thread.is_alive():
+            # The reader may be waiting for room to hand over a volume that nobody will take.
+            try:
+                self._read.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        if self._writer and self.pipeline:
+            self._writer.close(self.pipeline.maps())
+        elif self._out:
+            self._out.unlink(missing_ok=True)
+
+    def maps(self) -> dict[str, ConditionMaps]:
+        """Return each condition's maps as of now; empty before the first volume."""
+        return self.pipeline.maps() if self.pipeline else {}
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the run came to, ready for JSON.
+
+        For each condition but the baseline: Welch's t of every region, and the largest t inside
+        the brain with its place in scanner mm.
+        """
+        from rtfmri.report import peak
+
+        maps, roi_t = self.maps(), self.pipeline.roi_t() if self.pipeline else {}
+        contrasts = {}
+        for condition, t in roi_t.items():
+            peak_t, peak_mm = peak(maps[condition], self.pipeline.grid)
+            contrasts[condition] = {"roi_t": t, "peak_t": peak_t, "peak_mm": peak_mm}
+        return {
+            "volumes": self.counters.processed,
+            "recorded": self.n_recorded,
+            "conditions": {name: values.n_volumes for name, values in maps.items()},
+            "missing": self.counters.missing,
+            "skipped": dict(self.counters.skipped),
+            "missed_deadlines": self.counters.missed_deadlines,
+            "latency_ms": {f"p{p}": self.latency.percentile_ms(p) for p in (50, 95, 99)},
+            "device": self.pipeline.device if self.pipeline else None,
+            "contrasts": contrasts,
+        }
+
+    def _read_all(self) -> None:
+        try:
+            for item in self._reader:
+                self._read.put(item)
+                if self._closed:
+                    return
+            self._read.put(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised again where somebody looks
+            self._read.put(error)
+
+    def _process(self, volume: Volume) -> Result | None:
+        name = f"volume {volume.index}"
+        if self.pipeline is None:
+            self.pipeline = self._start(volume)
+            self._tr_s = volume.tr_s
+        if volume.index <= self._newest_index:
+            return self._skip(name, "came twice or out of order")
+        if abs(volume.tr_s - self._tr_s) > _TR_TOLERANCE_S:
+            return self._skip(name, "another TR than the run's first volume")
+        try:
+            result = self.pipeline.push(volume)
+        except GridError:
+            return self._skip(name, "another shape or position than the run's first volume")
+        except VolumeError:
+            return self._skip(name, "another voxel type than the run's first volume")
+        self._count(result)
+        if self._writer:
+            self._writer.append(volume, result)
+        return result
+
+    def _start(self, first: Volume) -> Pipeline:
+        """Freeze the run's shape, position, voxel type and TR."""
+        _log.info("%s, TR %g s", first.grid, first.tr_s)
+        rois = {
+            name: read_roi(image, first.grid) if isinstance(image, str | Path) else image
+            for name, image in self._rois.items()
+        }
+        pipeline = Pipeline(
+            first.grid, self._config, paradigm=self.paradigm, rois=rois, dtype=first.data.dtype
+        )
+        if self._out:
+            recorder = Recorder(
+                self._out,
+                grid=first.grid,
+                tr_s=first.tr_s,
+                dtype=first.data.dtype,
+                config=self._config,
+                paradigm=self.paradigm,
+                rois=rois,
+                device=pipeline.device,
+            )
+            self._writer = _Writer(recorder, self._write_behind)
+        return pipeline
+
+    def _count(self, result: Result) -> None:
+        missing = result.index - self._newest_index - 1
+        if missing:
+            self.counters.missing += missing
+            _log.warning("%d volume(s) missing before volume %d", missing, result.index)
+        self._newest_index = result.index
+        self.counters.processed += 1
+        self.latency.add(result.latency_ms)
+        if result.deadline_missed:
+            self.counters.missed_deadlines += 1
+            level = logging.DEBUG if self._late else logging.WARNING
+            _log.log(level, "volume %d: late, %.0f ms", result.index, result.latency_ms)
+        self._late = result.deadline_missed
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.counters.skipped[reason] += 1
+        _log.warning("skipped %s: %s", name, reason)
+        if self._writer:
+            self._writer.skip(reason)
+
+
+class _Writer:
+    """Records in a thread of its own; a recording that fails never stops a run."""
+
+    def __init__(self, recorder: Recorder, limit: int) -> None:
+        self._recorder = recorder
+        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue(limit)
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name="rtfmri-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def n_recorded(self) -> int:
+        """Volumes that are safe."""
+        return self._recorder.n_volumes
+
+    def append(self, volume: Volume, result: Result) -> None:
+        self._jobs.put(lambda: self._recorder.append(volume, result))
+
+    def skip(self, reason: str) -> None:
+        self._jobs.put(lambda: self._recorder.skip(reason))
+
+    def close(self, maps: Mapping[str, ConditionMaps]) -> None:
+        self._jobs.put(lambda: self._recorder.close(maps))
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if self._failed:
+                continue
+            try:
+                job()
+            except (OSError, RuntimeError, ValueError) as error:
+                self._failed = True
+                _log.error(  # noqa: TRY400 - the operator needs the cause, not the stack
+                    "recording stopped after %d volumes, the run goes on: %s",
+                    self.n_recorded,
+                    error,
+                )

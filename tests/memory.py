@@ -1,0 +1,53 @@
+"""Volumes from memory: a reader whose content a test knows."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rtfmri.paradigm import Event
+from rtfmri.readers import Skipped
+from rtfmri.volume import Grid, Volume
+
+TR_S = 2.0
+GRID = Grid((9, 8, 7), np.diag([3.0, 3.0, 3.5, 1.0]))
+EVENTS = (Event(20.0, 20.0, "tap"), Event(60.0, 20.0, "tap"))
+ACTIVE = (slice(2, 5), slice(2, 5), slice(2, 4))
+
+
+def volumes(n: int, *, seed: int = 0, dtype: type = np.int16, grid: Grid = GRID) -> list[Volume]:
+    """Noise of sd 5 around 1000; ACTIVE rises by 3 % in EVENTS, 5 s late."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        data = rng.normal(1000, 5, grid.shape[::-1]).T
+        moment_s = (i + 0.5) * TR_S - 5
+        if any(e.onset_s <= moment_s < e.onset_s + e.duration_s for e in EVENTS):
+            data[ACTIVE] += 30
+        made.append(Volume(np.asfortranarray(data, dtype=dtype), grid, i, TR_S))
+    return made
+
+
+class MemoryReader:
+    """Gives *items* as a reader would; an exception among them is raised."""
+
+    def __init__(
+        self, items: Sequence[Volume | Skipped | Exception], *, live: bool = False
+    ) -> None:
+        self.items = items
+        self.live = live
+        self.n_volumes: int | None = len(items)
+        self.closed = False
+
+    def __iter__(self) -> Iterator[Volume | Skipped]:
+        for item in self.items:
+            if self.closed:
+                return
+            if isinstance(item, Exception):
+                raise item
+            now_s = time.perf_counter()
+            yield replace(item, arrived_s=now_s, decoded_s=now_s) if isinstance(item, Volume) else item
+
+    def close(self) -> None:
+        self.closed = True

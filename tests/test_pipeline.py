@@ -1,0 +1,187 @@
+"""The per-TR path against float64, for every kind of baseline."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+from memory import ACTIVE, EVENTS, GRID, TR_S, volumes
+
+from rtfmri.config import BaselineKind, BaselineSettings, Config
+from rtfmri.errors import ConfigError, DeviceError, GridError, VolumeError
+from rtfmri.paradigm import Event, Paradigm
+from rtfmri.pipeline import Pipeline
+from rtfmri.volume import Grid, Volume
+
+N = 60
+WINDOW = 6
+PARADIGM = Paradigm(EVENTS)
+MEMBERS = [PARADIGM.members(i * TR_S, TR_S) for i in range(N)]
+
+
+def reference_moments(
+    rows: np.ndarray, kind: BaselineKind
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean, sample variance and effective number of baseline volumes, straight from the weights."""
+    n = len(rows)
+    if kind == "sliding":
+        weights = np.r_[np.zeros(max(0, n - WINDOW)), np.ones(min(n, WINDOW))]
+    elif kind == "fixed":
+        weights = np.r_[np.ones(min(n, WINDOW)), np.zeros(max(0, n - WINDOW))]
+    elif kind == "exponential":
+        # Each new volume takes the share max(1/n, 2/(window+1)); the older ones keep the rest.
+        weights = np.zeros(0)
+        for i in range(1, n + 1):
+            share = max(1 / i, 2 / (WINDOW + 1))
+            weights = np.r_[weights * (1 - share), share]
+    else:
+        weights = np.ones(n)
+    weights /= weights.sum()
+    mean = np.tensordot(weights, rows, 1)
+    n_effective = 1 / (weights**2).sum()
+    variance = np.tensordot(weights, (rows - mean) ** 2, 1) * n_effective / (n_effective - 1)
+    return mean, variance, n_effective
+
+
+def run(kind: BaselineKind, dtype: type = np.int16) -> tuple[Pipeline, np.ndarray]:
+    made = volumes(N, dtype=dtype)
+    settings = BaselineSettings(kind=kind, window_volumes=WINDOW)
+    pipeline = Pipeline(GRID, Config(device="cpu", baseline=settings), paradigm=PARADIGM, dtype=dtype)
+    for volume in made:
+        pipeline.push(volume)
+    return pipeline, np.stack([v.data for v in made]).astype(np.float64)
+
+
+# float32 means near 1000 carry an error of some ulps (6e-5 each); divided by a standard error of
+# about 1 that is below 1e-3 in t, and by an sd of 5 below 1e-3 in z.
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32])
+@pytest.mark.parametrize("kind", ["cumulative", "exponential", "sliding", "fixed"])
+def test_maps_equal_the_two_pass_formulas(kind: BaselineKind, dtype: type) -> None:
+    pipeline, series = run(kind, dtype)
+    rows = [i for i, m in enumerate(MEMBERS) if m == (0,)]
+    assert len(rows) > 2 * WINDOW
+    mean, variance, n = reference_moments(series[rows], kind)
+    active = series[[i for i, m in enumerate(MEMBERS) if m == (1,)]]
+    effect = active.mean(0) - mean
+    t = effect / np.sqrt(active.var(0, ddof=1) / len(active) + variance / n)
+    maps = pipeline.maps()
+    assert maps["tap"].n_volumes == len(active)
+    assert maps["baseline"].n_volumes == len(rows) if kind != "fixed" else WINDOW
+    np.testing.assert_allclose(maps["baseline"].mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(maps["tap"].effect, effect, atol=1e-3)
+    np.testing.assert_allclose(maps["tap"].psc, 100 * effect / mean, atol=1e-4)
+    np.testing.assert_allclose(maps["tap"].t, t, atol=1e-3)
+    assert not maps["baseline"].t.any()
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "exponential", "sliding", "fixed"])
+def test_each_volume_is_compared_with_the_baseline_before_it(kind: BaselineKind) -> None:
+    pipeline, series = run(kind)
+    rows = [i for i, m in enumerate(MEMBERS[:-1]) if m == (0,)]
+    mean, variance, _ = reference_moments(series[rows], kind)
+    got = pipeline.subtraction()
+    difference = series[-1] - mean
+    np.testing.assert_allclose(got["difference"], difference, atol=1e-3)
+    np.testing.assert_allclose(got["psc"], 100 * difference / mean, atol=1e-4)
+    np.testing.assert_allclose(got["z"], difference / np.sqrt(variance), atol=1e-3)
+
+
+def test_the_active_region_is_found_and_nothing_else() -> None:
+    t = run("cumulative")[0].maps()["tap"].t
+    elsewhere = np.ones(GRID.shape, bool)
+    elsewhere[ACTIVE] = False
+    # 3 % of 1000 at sd 5 is t > 15; 500 null voxels stay below 6 (p = 1e-6 at 20 degrees).
+    assert t[ACTIVE].min() > 12
+    assert abs(t[elsewhere]).max() < 6
+
+
+def test_roi_values_are_those_of_the_mean_signal() -> None:
+    weights = np.zeros(GRID.shape)
+    weights[ACTIVE] = np.random.default_rng(1).random(weights[ACTIVE].shape) + 0.5
+    made = volumes(N)
+    signal = np.array([(v.data * weights).sum() / weights.sum() for v in made])
+    pipeline = Pipeline(GRID, Config(device="cpu"), paradigm=PARADIGM, rois={"motor": weights})
+    for i, volume in enumerate(made):
+        value = pipeline.push(volume).roi["motor"]
+        before = signal[[j for j in range(i) if MEMBERS[j] == (0,)]]
+        assert value.signal == pytest.approx(signal[i], rel=1e-6)
+        if len(before) < 2:
+            assert math.isnan(value.psc)
+            assert math.isnan(value.z)
+            continue
+        assert value.psc == pytest.approx(100 * (signal[i] / before.mean() - 1), abs=1e-4)
+        assert value.z == pytest.approx((signal[i] - before.mean()) / before.std(ddof=1), rel=1e-2)
+    active = signal[[i for i, m in enumerate(MEMBERS) if m == (1,)]]
+    rest = signal[[i for i, m in enumerate(MEMBERS) if m == (0,)]]
+    error = np.sqrt(active.var(ddof=1) / len(active) + rest.var(ddof=1) / len(rest))
+    t = (active.mean() - rest.mean()) / error
+    assert pipeline.roi_t()["tap"]["motor"] == pytest.approx(t, rel=1e-3)
+
+
+def test_overlapping_conditions_both_count() -> None:
+    paradigm = Paradigm([Event(20, 40, "see"), Event(40, 40, "hear")])
+    pipeline = Pipeline(GRID, Config(device="cpu"), paradigm=paradigm)
+    results = [pipeline.push(v) for v in volumes(60)]
+    assert any(r.conditions == ("hear", "see") for r in results)
+    for name in ("see", "hear", "baseline"):
+        rows = [v.data for v, r in zip(volumes(60), results, strict=True) if name in r.conditions]
+        maps = pipeline.maps()[name]
+        assert maps.n_volumes == len(rows)
+        np.testing.assert_allclose(maps.mean, np.mean(rows, 0), rtol=1e-6)
+
+
+def test_results_say_what_happened() -> None:
+    pipeline = Pipeline(GRID, Config(device="cpu", deadline_s=1e-9), paradigm=PARADIGM)
+    results = [pipeline.push(v) for v in volumes(15)]
+    assert [r.index for r in results] == list(range(15))
+    assert [r.baseline_ready for r in results[:4]] == [False, False, True, True]
+    assert results[14].conditions == ("tap",)
+    assert results[12].conditions == ()
+    assert all(r.deadline_missed for r in results)
+    assert all(ms >= 0 for r in results for ms in r.stage_ms.values())
+    assert sum(results[0].stage_ms.values()) == pytest.approx(results[0].latency_ms)
+
+
+def test_a_volume_of_another_kind_is_refused_and_leaves_no_trace() -> None:
+    pipeline = Pipeline(GRID, Config(device="cpu"), paradigm=PARADIGM)
+    good = volumes(5)
+    for volume in good[:4]:
+        pipeline.push(volume)
+    before = pipeline.maps()["baseline"].mean.copy()
+    smaller = Grid((9, 8, 6), GRID.affine)
+    with pytest.raises(GridError, match="9x8x6"):
+        pipeline.push(volumes(1, grid=smaller)[0])
+    with pytest.raises(VolumeError, match="float32"):
+        pipeline.push(volumes(1, dtype=np.float32)[0])
+    assert np.array_equal(pipeline.maps()["baseline"].mean, before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (np.zeros(GRID.shape), "at least one voxel"),
+        (np.full(GRID.shape, -1.0), "0 or more"),
+        (np.full(GRID.shape, np.nan), "finite"),
+        (np.ones((3, 3, 3)), r"\(9, 8, 7\), got \(3, 3, 3\)"),
+    ],
+)
+def test_a_bad_region_starts_no_run(weights: np.ndarray, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Pipeline(GRID, Config(device="cpu"), rois={"bad": weights})
+
+
+def test_cuda_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtfmri.backends.gpu_problem", lambda: "there is no GPU here")
+    with pytest.raises(DeviceError, match="there is no GPU here"):
+        Pipeline(GRID, Config(device="cuda"))
+    assert Pipeline(GRID, Config(device="auto")).device == "cpu"
+
+
+def test_more_threads_than_there_are_is_refused() -> None:
+    with pytest.raises(DeviceError, match="threads must be at most"):
+        Pipeline(GRID, Config(device="cpu", threads=1 + len(os.sched_getaffinity(0))))
+
+
+def test_a_volume_made_by_hand_needs_no_clocks() -> None:
+    volume = Volume(np.zeros(GRID.shape, np.int16, order="F"), GRID, 0, 2.0)
+    assert Pipeline(GRID, Config(device="cpu")).push(volume).latency_ms < 60_000

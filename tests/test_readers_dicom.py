@@ -1,0 +1,280 @@
+"""One DICOM file to one volume: voxels, geometry, clocks, and what may be wrong with a file."""
+
+import subprocess
+from io import BytesIO
+from pathlib import Path
+
+import dcm2niix
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
+
+from dicom_files import (
+    PATIENT,
+    SERIES_UID,
+    enhanced,
+    mosaic,
+    oblique_grid,
+    real_data,
+    to_bytes,
+    voxels,
+)
+from rtfmri.errors import SourceError, VolumeError
+from rtfmri.readers.dicom import decode, locate
+from rtfmri.simulator.dicom import mosaic_dataset
+from rtfmri.volume import Volume
+
+
+def assert_same_image(
+    volume: Volume, image: nibabel.Nifti1Image, rounding_mm: float = 0.0
+) -> None:
+    """Compare in the orientation closest to RAS, as dcm2niix stores other axes than DICOM."""
+    ours = nibabel.as_closest_canonical(nibabel.Nifti1Image(volume.data, volume.grid.affine))
+    theirs = nibabel.as_closest_canonical(image)
+    np.testing.assert_array_equal(np.asanyarray(ours.dataobj), np.asanyarray(theirs.dataobj))
+    # NIfTI keeps the affine in float32: 1e-4 mm is 6 ulp at 250 mm.
+    np.testing.assert_allclose(ours.affine, theirs.affine, rtol=0, atol=1e-4 + rounding_mm)
+
+
+def cosine_rounding_mm(file: Path) -> float:
+    """Return how far a mosaic's corner moves when its rounded direction cosines are normalised.
+
+    dcm2niix normalises them, nibabel takes them as written (both are within the header's digits).
+    """
+    header = pydicom.dcmread(file, stop_before_pixels=True)
+    if "ImageOrientationPatient" not in header:
+        return 0.0
+    cosines = np.array(header.ImageOrientationPatient, np.float64).reshape(2, 3)
+    extent_mm = header.Rows * float(header.PixelSpacing[0])
+    return float(np.abs(np.linalg.norm(cosines, axis=1) - 1).max() * extent_mm)
+
+
+def convert(files: list[Path], folder: Path) -> nibabel.Nifti1Image:
+    """Convert *files* with dcm2niix."""
+    for name in ("in", "out"):
+        (folder / name).mkdir()
+    for file in files:
+        (folder / "in" / file.name).symlink_to(file)
+    command = [
+        dcm2niix.bin,
+        "-z",
+        "n",
+        "-b",
+        "n",
+        "-f",
+        "run",
+        "-o",
+        folder / "out",
+        folder / "in",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = (folder / "out").glob("*.nii")
+    return nibabel.load(path)
+
+
+@pytest.mark.parametrize("make", [mosaic, enhanced])
+def test_voxels_geometry_and_clocks(make):
+    grid = oblique_grid()
+    volume, _ = decode(to_bytes(make(4)))
+    np.testing.assert_array_equal(volume.data, voxels(grid, 4))
+    assert volume.data.dtype == np.uint16
+    assert volume.data.flags.f_contiguous
+    assert volume.data.flags.writeable
+    # Decimal strings have 10 or more digits of at most 60 mm, the slice normal of the mosaic 8
+    # after the point; over 12 voxels that is far below 1 micrometre.
+    assert volume.grid.matches(grid)
+    assert (volume.index, volume.tr_s) == (4, 1.5)
+    expected_s = 12 * 3600 + 4 * 1.5 if make is mosaic else 3 * 3600 + 4 * 60 + 5.250004
+    assert volume.acquired_s == pytest.approx(expected_s, abs=1e-6)
+
+
+@pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 1, 3, 5]])
+def test_enhanced_slices_are_sorted_by_position(order):
+    straight, _ = decode(to_bytes(enhanced()))
+    volume, _ = decode(to_bytes(enhanced(order=order)))
+    np.testing.assert_array_equal(volume.data, straight.data)
+    assert volume.grid.matches(straight.grid)
+
+
+def test_mosaic_agrees_with_dcm2niix(tmp_path):
+    (tmp_path / "one.dcm").write_bytes(to_bytes(mosaic()))
+    image = convert([tmp_path / "one.dcm"], tmp_path)
+    # dcm2niix makes int16 of uint16 where the values allow, float32 or uint16 where they do not.
+    assert_same_image(decode(tmp_path / "one.dcm").volume, image)
+
+
+@pytest.mark.parametrize("make", [mosaic, enhanced])
+def test_enhanced_and_mosaic_agree_with_nibabel(make):
+    from nibabel.nicom.dicomwrappers import wrapper_from_data
+
+    dataset = make()
+    volume, _ = decode(to_bytes(dataset))
+    wrapper = wrapper_from_data(pydicom.dcmread(BytesIO(to_bytes(dataset))))
+    image = nibabel.Nifti1Image(
+        wrapper.get_data(), np.diag([-1, -1, 1, 1]) @ np.array(wrapper.affine)
+    )
+    assert_same_image(volume, image)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])
+def test_other_transfer_syntaxes_give_the_same_native_voxels(syntax):
+    dataset = mosaic(2)
+    if syntax is RLELossless:
+        dataset.compress(RLELossless)
+    else:
+        pixels = np.frombuffer(dataset.PixelData, "<u2")
+        dataset["PixelData"].VR = "OW"
+        order = ">u2" if syntax is ExplicitVRBigEndian else "<u2"
+        dataset.PixelData = pixels.astype(order).tobytes()
+        dataset.file_meta.TransferSyntaxUID = syntax
+    volume, _ = decode(to_bytes(dataset))
+    np.testing.assert_array_equal(volume.data, voxels(oblique_grid(), 2))
+    assert volume.data.dtype.isnative
+
+
+def test_signed_voxels_stay_signed():
+    grid = oblique_grid()
+    data = voxels(grid, 3, np.int16)
+    dataset = mosaic_dataset(data, grid, index=0, tr_s=2.0, series_uid=SERIES_UID)
+    volume, _ = decode(to_bytes(dataset))
+    assert volume.data.dtype == np.int16
+    np.testing.assert_array_equal(volume.data, data)
+
+
+def test_rescaling_gives_float32():
+    dataset = mosaic(1)
+    dataset.RescaleSlope, dataset.RescaleIntercept = "0.5", "-10"
+    volume, _ = decode(to_bytes(dataset))
+    assert volume.data.dtype == np.float32
+    # 16-bit integers times 0.5 minus 10 are exact in float32.
+    np.testing.assert_array_equal(volume.data, voxels(oblique_grid(), 1) * 0.5 - 10)
+
+
+def test_index_falls_back_on_the_instance_number():
+    dataset = mosaic(1)
+    dataset.AcquisitionNumber = None
+    dataset.InstanceNumber = 8
+    assert decode(to_bytes(dataset)).volume.index == 7
+
+
+@pytest.mark.parametrize("time", ["", "no time", None])
+def test_acquisition_time_may_be_unusable(time):
+    dataset = mosaic()
+    del dataset.AcquisitionTime
+    if time is not None:
+        dataset.add(pydicom.DataElement("AcquisitionTime", "LO", time))
+    assert decode(to_bytes(dataset)).volume.acquired_s is None
+
+
+def test_tr_is_taken_from_the_argument_the_header_or_asked_for():
+    dataset = mosaic()
+    assert decode(to_bytes(dataset), tr_s=0.7).volume.tr_s == 0.7
+    dataset.RepetitionTime = None
+    assert decode(to_bytes(dataset), tr_s=0.7).volume.tr_s == 0.7
+    with pytest.raises(SourceError, match="--tr"):
+        decode(to_bytes(dataset))
+
+
+def test_series_are_told_apart_without_their_identity():
+    first, second = decode(to_bytes(mosaic(0))), decode(to_bytes(mosaic(1)))
+    other = decode(to_bytes(mosaic(0, series_uid=SERIES_UID + ".9")))
+    assert first.series == second.series != other.series
+    assert SERIES_UID not in first.series
+
+
+def test_locate_agrees_with_decode(tmp_path):
+    for make in (mosaic, enhanced):
+        (tmp_path / "a.dcm").write_bytes(to_bytes(make(3)))
+        place, decoded = locate(tmp_path / "a.dcm"), decode(tmp_path / "a.dcm")
+        assert (place.index, place.series) == (decoded.volume.index, decoded.series)
+
+
+@pytest.mark.parametrize("make", [mosaic, enhanced])
+def test_truncated_anywhere_is_refused(make):
+    data = to_bytes(make())
+    for length in np.linspace(0, len(data) - 1, 20).astype(int):
+        with pytest.raises(VolumeError):
+            decode(data[:length])
+
+
+def test_one_slice_is_refused():
+    dataset = mosaic()
+    del dataset[0x0029, 0x1010]
+    with pytest.raises(VolumeError, match="one slice"):
+        decode(to_bytes(dataset))
+    with pytest.raises(VolumeError, match="one slice"):
+        decode(to_bytes(enhanced(grid=oblique_grid((12, 10, 1)))))
+
+
+def test_several_volumes_in_a_file_are_refused():
+    dataset = enhanced()
+    frames = dataset.PerFrameFunctionalGroupsSequence
+    frames[1].PlanePositionSequence = frames[0].PlanePositionSequence
+    with pytest.raises(VolumeError, match="more than one volume"):
+        decode(to_bytes(dataset))
+
+
+def test_no_image_no_number_and_no_geometry_are_refused():
+    dataset = mosaic()
+    del dataset.PixelData
+    with pytest.raises(VolumeError, match="no image"):
+        decode(to_bytes(dataset))
+    dataset = mosaic()
+    del dataset.AcquisitionNumber, dataset.InstanceNumber
+    with pytest.raises(VolumeError, match="InstanceNumber"):
+        decode(to_bytes(dataset))
+    dataset = mosaic()
+    del dataset.ImagePositionPatient
+    with pytest.raises(VolumeError):
+        decode(to_bytes(dataset))
+
+
+def test_text_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("onset\tduration\n" * 50)
+    for read in (decode, locate):
+        with pytest.raises(VolumeError, match="is not DICOM"):
+            read(tmp_path / "notes.txt")
+    with pytest.raises(VolumeError, match="cannot be read"):
+        decode(tmp_path / "gone.dcm")
+
+
+def test_errors_do_not_quote_the_header():
+    dataset = enhanced()
+    dataset["AcquisitionNumber"]._value = PATIENT
+    with pytest.raises(VolumeError) as caught:
+        decode(to_bytes(dataset))
+    assert PATIENT not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "shape", "tr_s"),
+    [
+        ("siemens_mosaic_psc", (74, 74, 36), 1.97),
+        ("siemens_mosaic_mb", (104, 104, 72), 0.8),
+        ("siemens_xa30_enhanced", (64, 64, 33), 1.0),
+    ],
+)
+def test_real_files_agree_with_dcm2niix(folder, shape, tr_s, tmp_path):
+    files = sorted(real_data(folder).glob("*.dcm"))[:2]
+    image = convert(files, tmp_path)
+    for i, file in enumerate(files):
+        volume, _ = decode(file)
+        assert (volume.grid.shape, volume.index, volume.tr_s) == (shape, i, tr_s)
+        assert (volume.acquired_s is None) == (folder == "siemens_mosaic_mb")
+        assert_same_image(volume, image.slicer[..., i], cosine_rounding_mm(file))
+
+
+def test_real_transfer_syntaxes_agree_or_are_refused_by_name():
+    decoded, refused = [], []
+    for file in sorted(real_data("siemens_transfer_syntaxes").glob("*.dcm")):
+        try:
+            decoded.append(decode(file).volume)
+        except VolumeError as error:
+            refused.append(str(error))
+    # Explicit, implicit, big-endian and RLE need nothing but pydicom.
+    assert len(decoded) >= 4
+    assert all("no installed decoder knows its compression" in reason for reason in refused)
+    for volume in decoded[1:]:
+        np.testing.assert_array_equal(volume.data, decoded[0].data)

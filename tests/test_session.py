@@ -1,0 +1,210 @@
+"""A run meets what a run meets: gaps, doubles, strangers, a full disk, a reader that dies."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from memory import ACTIVE, EVENTS, GRID, TR_S, MemoryReader, volumes
+
+from rtfmri.config import Config
+from rtfmri.errors import ConfigError, EventsError, RecordingError, SourceError
+from rtfmri.paradigm import Event
+from rtfmri.readers import Skipped
+from rtfmri.recording import Recorder, open_recording
+from rtfmri.session import Session
+from rtfmri.volume import Grid, Volume
+
+CPU = Config(device="cpu")
+ROI = np.zeros(GRID.shape, np.float32)
+ROI[ACTIVE] = 1
+
+
+def changed(volume: Volume, **changes: object) -> Volume:
+    values = {"data": volume.data, "grid": volume.grid, "index": volume.index, "tr_s": volume.tr_s}
+    return Volume(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_every_volume_gives_a_result_in_order() -> None:
+    with Session(MemoryReader(volumes(40)), events=EVENTS, rois={"m": ROI}, config=CPU) as session:
+        results = list(session)
+    assert [r.index for r in results] == list(range(40))
+    assert session.counters.arrived == session.counters.processed == 40
+    assert session.latency.count == 40
+    assert not session.counters.skipped
+    assert session.maps()["tap"].t[ACTIVE].min() > 8
+    assert results[-1].roi["m"].signal == pytest.approx(1030, abs=5)
+
+
+def test_every_fault_is_skipped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    good = volumes(12)
+    other = Grid((8, 8, 7), GRID.affine)
+    moved = GRID.affine.copy()
+    moved[0, 3] += 1
+    items = [
+        *good[:4],
+        Skipped("notes.txt", "is not DICOM"),
+        good[3],
+        good[2],
+        changed(volumes(5, grid=other)[4]),
+        changed(good[4], grid=Grid(GRID.shape, moved)),
+        changed(good[4], tr_s=1.0),
+        volumes(5, dtype=np.float32)[4],
+        good[4],
+        *good[7:],
+    ]
+    with Session(MemoryReader(items), config=CPU) as session:
+        results = list(session)
+    assert [r.index for r in results] == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert session.counters.missing == 2
+    assert session.counters.skipped == {
+        "is not DICOM": 1,
+        "came twice or out of order": 2,
+        "another shape or position than the run's first volume": 2,
+        "another TR than the run's first volume": 1,
+        "another voxel type than the run's first volume": 1,
+    }
+    assert session.counters.arrived == session.counters.processed + 7
+    assert "2 volume(s) missing before volume 7" in caplog.text
+    # The strangers left no trace: the baseline is that of the good volumes.
+    used = np.mean([good[i].data for i in (0, 1, 2, 3, 4, 7, 8, 9, 10, 11)], 0)
+    np.testing.assert_allclose(session.maps()["baseline"].mean, used, rtol=1e-6)
+
+
+def test_faults_are_in_the_recording(tmp_path: Path) -> None:
+    good = volumes(4)
+    items = [*good[:2], Skipped("a.txt", "is not DICOM"), *good[2:], good[0]]
+    with Session(MemoryReader(items), config=CPU, out=tmp_path / "run.h5") as session:
+        list(session)
+    with open_recording(tmp_path / "run.h5") as recording:
+        assert recording.skipped == [(2, "is not DICOM"), (4, "came twice or out of order")]
+        assert recording.n_volumes == 4
+
+
+def test_a_run_that_starts_late_says_what_it_missed() -> None:
+    with Session(MemoryReader(volumes(8)[5:]), config=CPU) as session:
+        assert [r.time_s for r in session] == [5 * TR_S, 6 * TR_S, 7 * TR_S]
+    assert session.counters.missing == 5
+
+
+def test_late_results_are_counted_and_the_run_goes_on() -> None:
+    config = Config(device="cpu", deadline_s=1e-9)
+    with Session(MemoryReader(volumes(5)), config=config) as session:
+        assert all(r.deadline_missed for r in session)
+    assert session.counters.missed_deadlines == 5
+
+
+def test_leaving_early_keeps_what_was_processed(tmp_path: Path) -> None:
+    with Session(MemoryReader(volumes(40)), config=CPU, out=tmp_path / "run.h5") as session:
+        for result in session:
+            if result.index == 9:
+                break
+    assert session.n_recorded == 10
+    with open_recording(tmp_path / "run.h5") as recording:
+        assert recording.closed
+        assert recording.n_volumes == 10
+        assert recording.maps()["baseline"].n_volumes == 10
+
+
+def test_a_reader_that_dies_is_raised_and_the_data_is_safe(tmp_path: Path) -> None:
+    items = [*volumes(6), SourceError("the share went away")]
+    with (
+        pytest.raises(SourceError, match="went away"),
+        Session(MemoryReader(items), config=CPU, out=tmp_path / "run.h5") as session,
+    ):
+        list(session)
+    with open_recording(tmp_path / "run.h5") as recording:
+        assert recording.closed
+        assert recording.n_volumes == 6
+
+
+def test_a_recording_that_fails_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = Recorder.append
+
+    def full_disk(self: Recorder, *arguments: object) -> None:
+        if self.n_volumes == 3:
+            raise OSError(28, "No space left on device")
+        real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Recorder, "append", full_disk)
+    with Session(MemoryReader(volumes(10)), config=CPU, out=tmp_path / "run.h5") as session:
+        assert len(list(session)) == 10
+    assert session.n_recorded == 3
+    assert "recording stopped after 3 volumes" in caplog.text
+    assert "No space left" in caplog.text
+
+
+def test_a_slow_disk_delays_no_result_of_a_live_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, not timed: all results are there while the disk still holds the first volume."""
+    real, hold = Recorder.append, [True]
+
+    def stuck(self: Recorder, *arguments: object) -> None:
+        for _ in range(1000):
+            if not hold[0]:
+                break
+            time.sleep(0.01)
+        real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Recorder, "append", stuck)
+    reader = MemoryReader(volumes(50), live=True)
+    with Session(reader, config=CPU, out=tmp_path / "run.h5") as session:
+        assert len(list(session)) == 50
+        assert session.n_recorded == 0
+        hold[0] = False
+    assert session.n_recorded == 50
+
+
+@pytest.mark.parametrize("items", [[], [Skipped("a.txt", "is not DICOM")] * 3])
+def test_a_source_without_a_volume_is_an_error(items: list[Skipped], tmp_path: Path) -> None:
+    with (
+        pytest.raises(SourceError, match="no usable volume"),
+        Session(MemoryReader(items), config=CPU, out=tmp_path / "run.h5") as session,
+    ):
+        list(session)
+    assert not (tmp_path / "run.h5").exists()
+
+
+def test_nothing_starts_with_a_bad_configuration(tmp_path: Path) -> None:
+    events = tmp_path / "events.tsv"
+    events.write_text("onset\tduration\n0\t-3\n")
+    out = tmp_path / "run.h5"
+    with pytest.raises(EventsError, match="duration must be 0 or more"):
+        Session(MemoryReader(volumes(1)), events=events, out=out)
+    with pytest.raises(ConfigError, match="no such file"):
+        Session(MemoryReader(volumes(1)), rois={"m": tmp_path / "none.nii"}, out=out)
+    with pytest.raises(SourceError):
+        Session(str(tmp_path / "nowhere"), out=out)
+    assert not out.exists()
+
+
+def test_an_output_that_cannot_be_written_starts_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="cannot write"):
+        Session(MemoryReader(volumes(1)), out=tmp_path / "no" / "folder" / "run.h5")
+    taken = tmp_path / "run.h5"
+    taken.write_bytes(b"precious")
+    with pytest.raises(RecordingError, match="exists already"):
+        Session(MemoryReader(volumes(1)), out=taken)
+    assert taken.read_bytes() == b"precious"
+
+
+def test_events_too_short_to_count_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with Session(MemoryReader(volumes(3)), events=[Event(4, 1, "flash")], config=CPU) as session:
+        list(session)
+    assert "'flash'" in caplog.text
+
+
+def test_the_summary_is_json(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with Session(MemoryReader(volumes(40)), events=EVENTS, rois={"m": ROI}, config=CPU) as session:
+        list(session)
+    summary = json.loads(json.dumps(session.summary()))
+    assert summary["volumes"] == 40
+    assert summary["conditions"]["tap"] > 10
+    assert summary["contrasts"]["tap"]["roi_t"]["m"] > 10
+    assert "9x8x7 voxels" in caplog.text
