@@ -1,4 +1,4 @@
-"""Real-time fMRI on the GPU: each volume through baseline, subtraction and feedback within its TR."""
+"""Real-time fMRI on the GPU: each volume through baseline and subtraction within its TR."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The command line: every command parses, calls one function of the package, and shows the result."""
+"""The command line: each command parses, calls one function of the package, shows the result."""
 
 import importlib.util
 import json
@@ -45,7 +45,9 @@ Source = Annotated[
 TrOption = Annotated[
     float | None, typer.Option("--tr", help="Repetition time in s, instead of the headers'.")
 ]
-DeviceOption = Annotated[Device, typer.Option(help="What computes; auto takes a GPU if there is one.")]
+DeviceOption = Annotated[
+    Device, typer.Option(help="What computes; auto takes a GPU if there is one.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for machines.")]
 RecordingArgument = Annotated[Path, typer.Argument(help="A recording (.h5).")]
 
@@ -243,7 +245,22 @@ def demo(
     if as_json:
         print(json.dumps(found.as_json()))
         return
-    out_console.print(found.table())
+    score, latency = found.score, found.run["latency_ms"]
+    table = Table(title="Found in the simulated run", title_justify="left", show_header=False)
+    for name, t in score.peak_t.items():
+        table.add_row(f"peak t, {name.replace('_', ' ')}", f"{t:.1f}")
+    table.add_row(
+        "t of the inactive region",
+        f"{score.inactive_t:+.2f}  (null: within {score.inactive_limit_t:.1f})",
+    )
+    table.add_row("Dice against the truth", f"{score.dice:.3f}  (at least {score.least_dice:.3f})")
+    table.add_row("area under the ROC curve", f"{score.roc_area:.4f}")
+    table.add_row("volumes", f"{found.run['volumes']}, {found.run['recorded']} recorded")
+    table.add_row("latency p50 / p99", f"{latency['p50']:.2f} / {latency['p99']:.2f} ms")
+    table.add_row("device", found.run["device"])
+    out_console.print(table)
+    for name in ("report/index.html", "run.h5", "bids", "truth"):
+        out_console.print(f"  {out / name}", highlight=False)
 
 
 @app.command()
@@ -330,7 +347,9 @@ def load_benchmarks() -> Any:
     package = Path(__file__).resolve().parent
     for folder in (package / "_benchmarks", package.parent / "benchmarks"):
         if (folder / "__init__.py").is_file():
-            spec = importlib.util.spec_from_file_location("rtfmri_benchmarks", folder / "__init__.py")
+            spec = importlib.util.spec_from_file_location(
+                "rtfmri_benchmarks", folder / "__init__.py"
+            )
             assert spec is not None
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
@@ -357,5 +376,7 @@ def check(as_json: JsonOption = False) -> None:
     for column in ("", "what", "found", "to do"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        table.add_row(marks[finding.status], finding.name, escape(finding.value), escape(finding.advice))
+        table.add_row(
+            marks[finding.status], finding.name, escape(finding.value), escape(finding.advice)
+        )
     out_console.print(table)

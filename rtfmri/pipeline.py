@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from rtfmri.backends import Array, open_backend
+from rtfmri.backends import Array, Backend, open_backend
 from rtfmri.config import Config
-from rtfmri.errors import ConfigError, GridError, VolumeError
+from rtfmri.errors import ConfigError, VolumeError
 from rtfmri.paradigm import Paradigm
 from rtfmri.stages.baseline import BaselineStage
 from rtfmri.stages.roi import RoiStage, RoiValue
@@ -81,6 +81,8 @@ class Pipeline:
         Weights of each region on *grid*; 0 is outside.
     dtype : dtype
         Of the volumes: int16, uint16 or float32. Kernels for it are compiled here, not later.
+    backend : Backend, optional
+        One that is open already, instead of the one that *config* names.
 
     Raises
     ------
@@ -98,6 +100,7 @@ class Pipeline:
         paradigm: Paradigm | None = None,
         rois: Mapping[str, NDArray[Any]] | None = None,
         dtype: DTypeLike = np.int16,
+        backend: Backend | None = None,
     ) -> None:
         config = config or Config()
         rois = rois or {}
@@ -110,7 +113,7 @@ class Pipeline:
         self.dtype = np.dtype(dtype)
         self.paradigm = paradigm or Paradigm((), config.paradigm, config.baseline)
         self._deadline_s = config.deadline_s
-        self._backend = open_backend(config.device, config.threads)
+        self._backend = backend or open_backend(config.device, config.threads)
         self._backend.warm(self.dtype)
         n_conditions = len(self.paradigm.conditions)
         self._baseline = BaselineStage(
@@ -128,7 +131,7 @@ class Pipeline:
 
         Raises
         ------
-        GridError, VolumeError
+        VolumeError
             If shape, position or dtype differ from the run's; the state is as it was before.
         """
         started_s = time.perf_counter()
@@ -176,18 +179,14 @@ class Pipeline:
         return maps
 
     def roi_t(self) -> dict[str, dict[str, float]]:
-        """Return Welch's t of each condition's ROI signals against the baseline: [condition][roi]."""
-        return {
-            name: self._roi.t(i) for i, name in enumerate(self.paradigm.conditions) if i
-        }
+        """Return Welch's t of the ROI signals, each condition against the baseline."""
+        return {name: self._roi.t(i) for i, name in enumerate(self.paradigm.conditions) if i}
 
     def _image(self, flat: Array) -> NDArray[np.float32]:
         return unflatten(self._backend.download(flat), self.grid.shape)
 
     def _check(self, volume: Volume) -> None:
         if not volume.grid.matches(self.grid):
-            raise GridError(f"volume {volume.index}: {volume.grid} at another place or of another "
-                            f"shape than the run's first, {self.grid}")
+            raise VolumeError("another shape or position than the run's first volume")
         if volume.data.dtype != self.dtype:
-            raise VolumeError(f"volume {volume.index}: {volume.data.dtype} voxels, but the run's "
-                              f"first volume had {self.dtype}")
+            raise VolumeError("another voxel type than the run's first volume")

@@ -288,7 +288,7 @@ class Recording:
         )
 
     def volumes(self) -> Iterator[Volume]:
-        """Return the volumes that are safe as of now, in the order in which they were processed."""
+        """Return the volumes that are safe as of now, in the order of their processing."""
         return (self.volume(row) for row in range(self.n_volumes))
 
     def pipeline(self, device: str | None = None) -> Pipeline:
@@ -340,8 +340,9 @@ def reserve(path: str | Path) -> None:
     try:
         Path(path).open("xb").close()
     except FileExistsError:
-        raise RecordingError(f"the recording {path} exists already; name another file, or remove "
-                             "it") from None
+        raise RecordingError(
+            f"the recording {path} exists already; name another file, or remove it"
+        ) from None
     except OSError as error:
         raise RecordingError(f"cannot write the recording {path}: {error}") from error
 

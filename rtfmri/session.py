@@ -7,23 +7,25 @@ volumes ready, the caller's thread (who iterates) computes, a writer thread reco
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from rtfmri.backends import open_backend
 from rtfmri.config import Config
-from rtfmri.errors import ConfigError, GridError, SourceError, VolumeError
+from rtfmri.errors import ConfigError, SourceError, VolumeError
 from rtfmri.paradigm import Event, Paradigm, read_events
 from rtfmri.pipeline import ConditionMaps, Pipeline, Result
 from rtfmri.readers import Reader, Skipped, open_reader
 from rtfmri.readers.nifti import read_roi
 from rtfmri.recording import Recorder, reserve
 from rtfmri.timing import LatencyHistogram
-from rtfmri.volume import Volume
+from rtfmri.volume import VOXEL_DTYPES, Volume
 
 _log = logging.getLogger(__name__)
 
@@ -118,12 +120,16 @@ class Session:
         self._tr_s = 0.0
         self._late = False
         self._writer: _Writer | None = None
-        as_fast_as_it_goes = not self._reader.live and speed is None
-        self._write_behind = _WRITE_BEHIND if as_fast_as_it_goes else 0
+        self._has_a_clock = self._reader.live or speed is not None
+        self._early_skips: list[str] = []
         self._closed = False
+        self._backend = open_backend(self._config.device, self._config.threads)
+        for dtype in VOXEL_DTYPES:
+            self._backend.warm(dtype)
         self._read: queue.Queue[Volume | Skipped | BaseException | None] = queue.Queue(_READ_AHEAD)
         self._thread = threading.Thread(target=self._read_all, name="rtfmri-reader", daemon=True)
         self._thread.start()
+        _log.info("ready on %s, waiting for the first volume", self._backend.name)
 
     @property
     def n_recorded(self) -> int:
@@ -155,7 +161,7 @@ class Session:
             self.counters.arrived += 1
             if isinstance(item, Skipped):
                 self._skip(item.name, item.reason)
-            elif (result := self._process(item)) is not None:
+            elif (result := self._process(self._arrived(item))) is not None:
                 yield result
         if not self.counters.processed and not self._closed:
             reasons = "; ".join(f"{n}x {why}" for why, n in self.counters.skipped.items())
@@ -190,11 +196,11 @@ class Session:
         """
         from rtfmri.report import peak
 
-        maps, roi_t = self.maps(), self.pipeline.roi_t() if self.pipeline else {}
-        contrasts = {}
-        for condition, t in roi_t.items():
-            peak_t, peak_mm = peak(maps[condition], self.pipeline.grid)
-            contrasts[condition] = {"roi_t": t, "peak_t": peak_t, "peak_mm": peak_mm}
+        maps, contrasts = self.maps(), {}
+        if self.pipeline:
+            for condition, t in self.pipeline.roi_t().items():
+                peak_t, peak_mm = peak(maps[condition], self.pipeline.grid)
+                contrasts[condition] = {"roi_t": t, "peak_t": peak_t, "peak_mm": peak_mm}
         return {
             "volumes": self.counters.processed,
             "recorded": self.n_recorded,
@@ -214,28 +220,38 @@ class Session:
                 if self._closed:
                     return
             self._read.put(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised again where somebody looks
+        except BaseException as error:  # it is raised again where somebody looks
             self._read.put(error)
 
+    def _arrived(self, volume: Volume) -> Volume:
+        """Let a volume of a replay without a clock arrive now, when there is room for it."""
+        if self._has_a_clock:
+            return volume
+        late_s = time.perf_counter() - volume.decoded_s
+        return replace(
+            volume, arrived_s=volume.arrived_s + late_s, decoded_s=volume.decoded_s + late_s
+        )
+
     def _process(self, volume: Volume) -> Result | None:
-        name = f"volume {volume.index}"
         if self.pipeline is None:
             self.pipeline = self._start(volume)
             self._tr_s = volume.tr_s
-        if volume.index <= self._newest_index:
-            return self._skip(name, "came twice or out of order")
-        if abs(volume.tr_s - self._tr_s) > _TR_TOLERANCE_S:
-            return self._skip(name, "another TR than the run's first volume")
         try:
+            self._check_order(volume)
             result = self.pipeline.push(volume)
-        except GridError:
-            return self._skip(name, "another shape or position than the run's first volume")
-        except VolumeError:
-            return self._skip(name, "another voxel type than the run's first volume")
+        except VolumeError as error:
+            self._skip(f"volume {volume.index}", str(error))
+            return None
         self._count(result)
         if self._writer:
             self._writer.append(volume, result)
         return result
+
+    def _check_order(self, volume: Volume) -> None:
+        if volume.index <= self._newest_index:
+            raise VolumeError("came twice or out of order")
+        if abs(volume.tr_s - self._tr_s) > _TR_TOLERANCE_S:
+            raise VolumeError("another TR than the run's first volume")
 
     def _start(self, first: Volume) -> Pipeline:
         """Freeze the run's shape, position, voxel type and TR."""
@@ -245,7 +261,12 @@ class Session:
             for name, image in self._rois.items()
         }
         pipeline = Pipeline(
-            first.grid, self._config, paradigm=self.paradigm, rois=rois, dtype=first.data.dtype
+            first.grid,
+            self._config,
+            paradigm=self.paradigm,
+            rois=rois,
+            dtype=first.data.dtype,
+            backend=self._backend,
         )
         if self._out:
             recorder = Recorder(
@@ -258,7 +279,10 @@ class Session:
                 rois=rois,
                 device=pipeline.device,
             )
-            self._writer = _Writer(recorder, self._write_behind)
+            # Nothing is lost if a replay waits for the disk; a scanner does not wait.
+            self._writer = _Writer(recorder, limit=0 if self._has_a_clock else _WRITE_BEHIND)
+            for reason in self._early_skips:
+                self._writer.skip(reason)
         return pipeline
 
     def _count(self, result: Result) -> None:
@@ -280,6 +304,8 @@ class Session:
         _log.warning("skipped %s: %s", name, reason)
         if self._writer:
             self._writer.skip(reason)
+        else:
+            self._early_skips.append(reason)
 
 
 class _Writer:
@@ -316,7 +342,7 @@ class _Writer:
                 job()
             except (OSError, RuntimeError, ValueError) as error:
                 self._failed = True
-                _log.error(  # noqa: TRY400 - the operator needs the cause, not the stack
+                _log.error(
                     "recording stopped after %d volumes, the run goes on: %s",
                     self.n_recorded,
                     error,

@@ -5,7 +5,8 @@ Axes
     buffer is used as it came. ``Volume.flat`` is the same memory in one dimension.
 Affine
     ``Grid.affine`` maps a voxel index ``(i, j, k)`` to scanner millimetres, RAS+ (x grows to the
-    participant's right, y to the front, z to the top), as in nibabel. DICOM's LPS+ is turned by the reader.
+    participant's right, y to the front, z to the top), as in nibabel.
+    DICOM's LPS+ is turned by the reader.
 Clocks
     ``arrived_s`` and ``decoded_s`` are `time.perf_counter` seconds of this process;
     ``acquired_s`` is the scanner's own time of day, in seconds since its midnight.
@@ -49,15 +50,16 @@ class Grid:
     affine: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 3 or any(n < 1 for n in self.shape):
-            raise GridError(f"shape must be three positive numbers, got {tuple(self.shape)}")
+        shape: tuple[int, ...] = tuple(int(n) for n in self.shape)
+        if len(shape) != 3 or min(shape) < 1:
+            raise GridError(f"shape must be three positive numbers, got {shape}")
         affine = np.array(self.affine, np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
             raise GridError(f"affine must be 4x4 and finite, got {affine.tolist()}")
         if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
             raise GridError(f"affine must be invertible, got {affine.tolist()}")
         affine.setflags(write=False)
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "affine", affine)
 
     @property

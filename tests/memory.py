@@ -47,7 +47,11 @@ class MemoryReader:
             if isinstance(item, Exception):
                 raise item
             now_s = time.perf_counter()
-            yield replace(item, arrived_s=now_s, decoded_s=now_s) if isinstance(item, Volume) else item
+            yield (
+                replace(item, arrived_s=now_s, decoded_s=now_s)
+                if isinstance(item, Volume)
+                else item
+            )
 
     def close(self) -> None:
         self.closed = True

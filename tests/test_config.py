@@ -38,7 +38,7 @@ def test_a_bad_setting_is_named_with_its_rule(tmp_path: Path, text: str, words: 
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no.toml"):
+    with pytest.raises(ConfigError, match=r"no\.toml"):
         Config.from_toml(tmp_path / "no.toml")
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from memory import ACTIVE, EVENTS, GRID, MemoryReader, volumes
 
+from memory import ACTIVE, EVENTS, GRID, MemoryReader, volumes
 from rtfmri.config import BaselineSettings, Config
 from rtfmri.errors import RecordingError
 from rtfmri.recording import open_recording, recover
@@ -229,9 +229,9 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, kind: str) -> None:
     elif kind == "cut":
         record(tmp_path / "run.h5", 3)
         path.write_bytes((tmp_path / "run.h5").read_bytes()[:100])
-    with pytest.raises(RecordingError, match="x.h5"):
+    with pytest.raises(RecordingError, match=r"x\.h5"):
         open_recording(path)
-    with pytest.raises(RecordingError, match="x.h5"):
+    with pytest.raises(RecordingError, match=r"x\.h5"):
         recover(path, tmp_path / "out.h5")
     assert not (tmp_path / "out.h5").exists()
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from memory import ACTIVE, EVENTS, GRID, TR_S, MemoryReader, volumes
 
+from memory import ACTIVE, EVENTS, GRID, TR_S, MemoryReader, volumes
 from rtfmri.config import Config
 from rtfmri.errors import ConfigError, EventsError, RecordingError, SourceError
 from rtfmri.paradigm import Event
@@ -75,11 +75,16 @@ def test_every_fault_is_skipped_and_counted(caplog: pytest.LogCaptureFixture) ->
 
 def test_faults_are_in_the_recording(tmp_path: Path) -> None:
     good = volumes(4)
-    items = [*good[:2], Skipped("a.txt", "is not DICOM"), *good[2:], good[0]]
+    notes = Skipped("a.txt", "is not DICOM")
+    items = [notes, *good[:2], notes, *good[2:], good[0]]
     with Session(MemoryReader(items), config=CPU, out=tmp_path / "run.h5") as session:
         list(session)
     with open_recording(tmp_path / "run.h5") as recording:
-        assert recording.skipped == [(2, "is not DICOM"), (4, "came twice or out of order")]
+        assert recording.skipped == [
+            (0, "is not DICOM"),
+            (2, "is not DICOM"),
+            (4, "came twice or out of order"),
+        ]
         assert recording.n_volumes == 4
 
 

@@ -45,7 +45,7 @@ def test_volume_is_what_a_scanner_gives(scanner):
     assert volume.flags.f_contiguous
     assert volume.min() >= 0
     assert 1000 < volume.max() < 2500
-    assert scanner.grid.voxel_size_mm == pytest.approx((3.25, 3.25, 3.75))
+    assert scanner.grid.voxel_size_mm == pytest.approx((3.25, 3.25, 4.0))
 
 
 def test_volumes_depend_on_seed_and_index_alone():
@@ -68,7 +68,7 @@ def test_nothing_is_fetched(monkeypatch):
 def test_tissue_contrast_is_that_of_an_epi(scanner):
     brain = build_brain(scanner.grid.shape)
     # Away from where the signal drops out.
-    upper = np.arange(36) * 3.75 + scanner.grid.affine[2, 3] > 0
+    upper = np.arange(36) * 4.0 + scanner.grid.affine[2, 3] > 0
     white = (brain.mask & (brain.grey < 0.05) & (brain.csf < 0.05))[..., upper]
     means = [
         brain.anatomy[..., upper][tissue].mean()

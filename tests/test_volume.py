@@ -57,7 +57,10 @@ def test_flat_is_the_same_memory_x_fastest() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": np.zeros((2, 3, 4), np.float64, order="F")}, "int16, uint16, float32, got float"),
+        (
+            {"data": np.zeros((2, 3, 4), np.float64, order="F")},
+            "int16, uint16, float32, got float",
+        ),
         ({"data": np.zeros((2, 3, 4), np.int16)}, "Fortran"),
         ({"data": np.zeros((2, 3, 5), np.int16, order="F")}, r"\(2, 3, 5\).*\(2, 3, 4\)"),
         ({"data": np.zeros((2, 3, 4), ">i2", order="F")}, "dtype"),

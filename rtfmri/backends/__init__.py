@@ -165,7 +165,11 @@ class Backend(Protocol):
         ...
 
     def contrast(
-        self, condition: Moments, n_condition: float, baseline: Moments, n_baseline: float,
+        self,
+        condition: Moments,
+        n_condition: float,
+        baseline: Moments,
+        n_baseline: float,
         out: Contrast,
     ) -> None:
         """Compare two conditions' moments: effect, PSC and Welch's t (1947, Biometrika 34:28).

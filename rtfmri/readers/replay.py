@@ -40,6 +40,9 @@ class Replay:
         Repetition time in seconds.
     speed : float, optional
         Volume i leaves i * tr_s / speed seconds after volume 0; None waits for nothing.
+    made_ahead : bool
+        Make each volume before it is due, and let it arrive when it is: a scanner that is not
+        there must not look like a slow decoder.
     """
 
     live = False
@@ -51,35 +54,49 @@ class Replay:
         n_volumes: int,
         tr_s: float,
         speed: float | None,
+        made_ahead: bool = False,
     ) -> None:
         self.n_volumes: int | None = n_volumes
         self._steps = steps
         self._interval_s = tr_s / speed if speed else 0.0
+        self._made_ahead = made_ahead
+        self._zero_s: float | None = None
         self._closed = Event()
 
     def __iter__(self) -> Iterator[Volume | Skipped]:
         """Give the volumes in order."""
-        zero_s: float | None = None
+        self._zero_s = None
         for step in self._steps:
-            if isinstance(step, Step):
-                due_s = step.index * self._interval_s
-                if zero_s is None:
-                    zero_s = time.perf_counter() - due_s
-                self._closed.wait(zero_s + due_s - time.perf_counter())
             if self._closed.is_set():
                 return
             if isinstance(step, Skipped):
                 yield step
                 continue
-            arrived_s = time.perf_counter()
             try:
-                volume = stamped(step.load(), arrived_s)
+                volume = self._take(step)
             except RtfmriError as error:
                 yield Skipped(step.name, str(error))
                 if isinstance(error, EndOfSource):
                     return
                 continue
+            if self._closed.is_set():
+                return
             yield volume
+
+    def _take(self, step: Step) -> Volume:
+        if self._made_ahead:
+            volume = step.load()
+            self._wait(step)
+            return stamped(volume, time.perf_counter())
+        self._wait(step)
+        arrived_s = time.perf_counter()
+        return stamped(step.load(), arrived_s)
+
+    def _wait(self, step: Step) -> None:
+        due_s = step.index * self._interval_s
+        if self._zero_s is None:
+            self._zero_s = time.perf_counter() - due_s
+        self._closed.wait(self._zero_s + due_s - time.perf_counter())
 
     def close(self) -> None:
         """Let the iteration end before its next volume."""

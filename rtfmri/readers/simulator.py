@@ -33,4 +33,4 @@ def replay_simulator(
 
     n_volumes = scanner.n_volumes
     steps = (Step(f"volume {i}", i, partial(load, i)) for i in range(n_volumes))
-    return Replay(steps, n_volumes=n_volumes, tr_s=scanner.tr_s, speed=speed)
+    return Replay(steps, n_volumes=n_volumes, tr_s=scanner.tr_s, speed=speed, made_ahead=True)

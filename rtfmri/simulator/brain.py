@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rtfmri.volume import Grid
 
-FIELD_OF_VIEW_MM = (208.0, 208.0, 135.0)
+FIELD_OF_VIEW_MM = (208.0, 208.0, 144.0)
 CENTRE_MM = (0.0, -17.0, 12.0)
 """From the crown to the cerebellum, whatever the number of voxels."""
 

@@ -22,7 +22,7 @@ class ConditionState:
 
     @property
     def n_effective(self) -> float:
-        """Effective number of volumes, 1 / sum of squared weights (Kish 1965); n if all are equal."""
+        """Effective number of volumes, 1 / sum of squared weights (Kish 1965)."""
         return 1 / self.sum_squared_weights if self.n_volumes else 0.0
 
     @property
@@ -148,7 +148,7 @@ class BaselineStage:
             baseline.moments,
             self.subtraction,
             bessel=baseline.bessel,
-            into=into and into.moments,
+            into=into.moments if into else None,
             gain=gain,
         )
         if into:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from rtfmri.backends import Array, Backend, RoiTable, open_backend
 from rtfmri.config import BaselineSettings

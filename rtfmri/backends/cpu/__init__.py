@@ -3,6 +3,12 @@
 import os
 from typing import Any
 
+# Threads that spin while they wait fight with whatever else runs, readers and writers of this very
+# process included: measured on 2 cores, a volume of 64x64x36 every 10 ms took 5.9 ms (p99 11 ms)
+# with spinning threads and 0.24 ms (p99 0.6 ms) with sleeping ones. OpenMP reads this once, when
+# it is loaded, which is later than this.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +35,9 @@ class CpuBackend:
     def __init__(self, threads: int | None = None) -> None:
         available = min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)
         if threads is not None and threads > available:
-            raise DeviceError(f"threads must be at most {available} on this machine, got {threads}")
+            raise DeviceError(
+                f"threads must be at most {available} on this machine, got {threads}"
+            )
         self.threads = threads or available
         numba.set_num_threads(self.threads)
 

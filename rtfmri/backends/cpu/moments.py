@@ -73,10 +73,10 @@ def _subtract_and_fold_other(
 @_kernel
 def subtract(
     volume, mean, variance, difference, psc, z, into_mean, into_variance, bessel, gain, threads
-):
+) -> None:
     """See `rtfmri.backends.Backend.subtract`; no *into* is said by gain 0."""
     n = volume.size
-    # Without this the compiler could not assume that the arrays are apart, and would not vectorise.
+    # Only where the arrays are known to be apart, or the same, does the loop vectorise.
     same = mean.ctypes.data == into_mean.ctypes.data
     for thread in prange(threads):
         part = slice(n * thread // threads, n * (thread + 1) // threads)
@@ -92,7 +92,7 @@ def subtract(
 
 
 @_kernel
-def fold(volume, mean, variance, gain, threads):
+def fold(volume, mean, variance, gain, threads) -> None:
     """See `rtfmri.backends.Backend.fold`."""
     n = volume.size
     for thread in prange(threads):
@@ -106,7 +106,7 @@ def fold(volume, mean, variance, gain, threads):
 
 
 @_kernel
-def slide(volume, mean, variance, slot, difference, psc, z, bessel, gain, full, threads):
+def slide(volume, mean, variance, slot, difference, psc, z, bessel, gain, full, threads) -> None:
     """See `rtfmri.backends.Backend.slide`; *slot* is the ring's row, (n_voxels,)."""
     n = volume.size
     for thread in prange(threads):
@@ -125,18 +125,20 @@ def slide(volume, mean, variance, slot, difference, psc, z, bessel, gain, full, 
                 oldest[i] = x[i]
         else:
             _subtract_and_fold(x, m, s, d, p, q, bessel, gain)
-            oldest[:] = x
+            for i in range(x.size):
+                oldest[i] = x[i]
 
 
 @_kernel
-def refresh(ring, mean, variance, start, stop, threads):
+def refresh(ring, mean, variance, start, stop, threads) -> None:
     """See `rtfmri.backends.Backend.refresh`."""
     window = np.float32(ring.shape[0])
     n = stop - start
     for thread in prange(threads):
         part = slice(start + n * thread // threads, start + n * (thread + 1) // threads)
         first, m, s = ring[0, part], mean[part], variance[part]
-        m[:] = _ZERO
+        for i in range(m.size):
+            m[i] = _ZERO
         for row in range(1, ring.shape[0]):
             x = ring[row, part]
             for i in range(m.size):
@@ -154,7 +156,9 @@ def refresh(ring, mean, variance, start, stop, threads):
 
 
 @_kernel
-def contrast(mean_a, variance_a, mean_b, variance_b, effect, psc, t, per_dof_a, per_dof_b, threads):
+def contrast(
+    mean_a, variance_a, mean_b, variance_b, effect, psc, t, per_dof_a, per_dof_b, threads
+) -> None:
     """See `rtfmri.backends.Backend.contrast`; per_dof is 1 / (n - 1)."""
     n = mean_a.size
     for thread in prange(threads):

@@ -1,14 +1,14 @@
 """ROI means in numba: the twin of ``kernels/roi.cu``."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001
 
 import numpy as np
 from numba import njit
 
 
 @njit(cache=True, error_model="numpy")
-def roi_means(volume, offsets, voxels, weights, means):
+def roi_means(volume, offsets, voxels, weights, means) -> None:
     """See `rtfmri.backends.Backend.roi_means`; *means* (n_rois,) float32 is overwritten."""
     for roi in range(means.size):
         total = 0.0

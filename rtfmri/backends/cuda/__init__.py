@@ -1,0 +1,78 @@
+"""The cuda backend: CuPy arrays, and the kernels in ``kernels/``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from rtfmri.backends import Array, Contrast, Moments, RoiTable, Subtraction
+from rtfmri.backends.cuda._launch import PinnedStaging
+from rtfmri.backends.cuda.moments import MomentsOperations
+from rtfmri.backends.cuda.roi import RoiOperations
+
+
+class CudaBackend(MomentsOperations, RoiOperations):
+    """The operations of `rtfmri.backends.Backend` on one NVIDIA GPU.
+
+    Everything is queued on one stream, in the order asked for; only `roi_means`, `download`,
+    `copy` and `synchronize` wait for it. Arrays must be C-contiguous; sizes are not checked.
+    """
+
+    name = "cuda"
+
+    def upload(self, host: NDArray[Any]) -> Array:
+        """See `rtfmri.backends.Backend.upload`."""
+        return self._staging.upload(host)
+
+    def copy(self, host: NDArray[Any]) -> Array:
+        """See `rtfmri.backends.Backend.copy`."""
+        return self._staging.copy(host)
+
+    def download(self, array: Array) -> NDArray[Any]:
+        """See `rtfmri.backends.Backend.download`."""
+        return self._staging.download(array)
+
+    def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
+        """See `rtfmri.backends.Backend.zeros`."""
+        with self._staging.stream:
+            return self._xp.zeros(shape, dtype)
+
+    def synchronize(self) -> None:
+        """See `rtfmri.backends.Backend.synchronize`."""
+        self._staging.synchronize()
+
+    def warm(self, dtype: DTypeLike) -> None:
+        """See `rtfmri.backends.Backend.warm`."""
+        # One voxel through every operation also loads the kernels and the transfers.
+        volume, ring = self.upload(np.zeros(1, dtype)), self.zeros((2, 1), dtype)
+        moments = Moments(self.zeros(1), self.zeros(1))
+        out = Subtraction(self.zeros(1), self.zeros(1), self.zeros(1))
+        self.subtract(volume, moments, out, bessel=0.0, into=None, gain=0.0)
+        self.fold(volume, moments, gain=1.0)
+        self.slide(volume, moments, ring, 0, out, bessel=0.0, gain=1.0, full=False)
+        self.refresh(ring, moments, 0, 1)
+        self.contrast(moments, 2.0, moments, 2.0, Contrast(*out))
+        offsets, voxels = (self.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
+        self.roi_means(volume, RoiTable(offsets, voxels, self.zeros(1)))
+
+
+def compile_options(defines: Mapping[str, str]) -> tuple[str, ...]:
+    """Return NVRTC's options: without fused multiply-add, for the cpu backend's bits.
+
+    CuPy appends ``-ftz=true``: subnormal floats (below 1.2e-38) count as zero. The cpu backend
+    keeps them, so elementwise results can differ there, and nowhere else; no scanner's signal
+    comes near.
+    """
+    macros = (f"-D{name}={value}" for name, value in defines.items())
+    return ("--std=c++17", "-lineinfo", "--fmad=false", *macros)
+
+
+def open_cuda() -> CudaBackend:
+    """Return a backend for the current GPU (``CUDA_VISIBLE_DEVICES`` chooses another)."""
+    import cupy
+
+    def compile_module(source: str, defines: Mapping[str, str]) -> Any:
+        return cupy.RawModule(code=source, options=compile_options(defines))
+
+    return CudaBackend(cupy, compile_module, PinnedStaging(cupy))

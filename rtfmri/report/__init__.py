@@ -1,0 +1,419 @@
+"""The report of a run: figures, and a page that shows and explains them."""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+import rtfmri
+from rtfmri.errors import ConfigError, RecordingError
+from rtfmri.export import bids_labels, to_nifti
+from rtfmri.recording import Recording, open_recording
+from rtfmri.report import figures
+from rtfmri.report.page import frame, numbers, page, paragraph, picture, section, table
+from rtfmri.report.regions import (
+    THRESHOLD_T,
+    Mask,
+    active_region,
+    brain_mask,
+    inactive_region,
+    peak,
+)
+from rtfmri.stages.baseline import MIN_VOLUMES
+from rtfmri.volume import Grid
+
+__all__ = ["brain_mask", "peak", "write_report"]
+
+_DPI = 150
+_MIN_CLUSTER_VOXELS = 5
+_MAX_CLUSTERS = 12
+_MIN_VIEWER_SLICES = 4
+_VIEWER_STYLE = "<style>body { margin: 0; color: #bbb; font: 14px system-ui, sans-serif; }</style>"
+_MARGIN_VOXELS = 2
+_ANATOMY_FINER = 2
+
+
+def write_report(path: str | Path, out: str | Path, *, anatomy: str | Path | None = None) -> Path:
+    """Draw what a recording holds and explain it on one self-contained HTML page.
+
+    Parameters
+    ----------
+    path : path
+        Of the recording; a run that did not end properly, or is still going on, will do.
+    out : path
+        A folder, made where it is missing; an earlier report in it is replaced.
+    anatomy : path, optional
+        An image in the same scanner mm, to draw the blobs on instead of the baseline image.
+
+    Returns
+    -------
+    Path
+        Of ``index.html``; each figure lies beside it as PNG.
+
+    Raises
+    ------
+    RecordingError
+        If the recording cannot be read or holds no volume, or the folder cannot be written.
+    ConfigError
+        If the anatomy cannot be read.
+    """
+    with open_recording(path) as recording:
+        if not recording.n_volumes:
+            raise RecordingError(f"{path} holds no complete volume, so there is nothing to show")
+        report = _Report(recording, Path(out), anatomy)
+        index = report.out / "index.html"
+        try:
+            report.out.mkdir(parents=True, exist_ok=True)
+            index.write_text(report.html(), encoding="utf-8")
+        except OSError as error:
+            raise RecordingError(f"cannot write the report to {out}: {error}") from error
+    return index
+
+
+class _Report:
+    """What the sections share: the recording, its maps, and the part of them that is drawn."""
+
+    def __init__(self, recording: Recording, out: Path, anatomy: str | Path | None) -> None:
+        self.recording, self.out = recording, out
+        # A run that goes on grows while it is being read; these rows are the report's.
+        self.rows = recording.results
+        self.members = recording.members()[: len(self.rows)]
+        self.maps = recording.maps()
+        self.baseline, *others = recording.conditions
+        n_baseline = self.maps[self.baseline].n_volumes
+        self.tested = {
+            name: label
+            for name, label in bids_labels(others).items()
+            if min(n_baseline, self.maps[name].n_volumes) >= MIN_VOLUMES
+        }
+        self.mean = self.maps[self.baseline].mean if n_baseline else recording.volume(0).data
+        self.brain = brain_mask(self.mean, recording.grid)
+        self.box, self.grid = _around(self.brain, recording.grid)
+        self.over = "the anatomy" if anatomy else "the baseline image"
+        brain_only = self.image(self.mean * self.brain)
+        self.background = _read_anatomy(anatomy, self.grid) if anatomy else brain_only
+
+    def image(self, data: NDArray[Any]) -> Any:
+        """Return the part of a map that is drawn, as a NIfTI image."""
+        return to_nifti(np.nan_to_num(data[self.box]).astype(np.float32), self.grid)
+
+    def html(self) -> str:
+        """Draw all figures and return the page."""
+        parts = [self.summary(), *self.warnings()]
+        if self.tested:
+            parts.append(self.subtraction())
+            for condition, label in self.tested.items():
+                parts += self.condition(condition, label)
+        else:
+            parts.append(self.mean_image())
+        parts += [self.courses(), self.latency()]
+        return page(
+            "Real-time fMRI run",
+            f"{self.recording.grid}, one volume every {self.recording.tr_s:g} s, processed on "
+            f"{self.recording.device}.",
+            parts,
+            f"Made by rtfmri {rtfmri.__version__}. This file holds all its pictures and loads "
+            "nothing from anywhere. Not for diagnosis.",
+        )
+
+    def summary(self) -> str:
+        """Return the header: what the run was."""
+        recording, rows, skipped = self.recording, self.rows, self.recording.skipped
+        n, missing = len(rows), int(rows["index"].max()) + 1 - len(rows)
+        late = int(rows["deadline_missed"].sum())
+        p50, p99 = np.percentile(rows["latency_ms"], (50, 99))
+        counts = [f"{name}: {self.maps[name].n_volumes}" for name in recording.conditions]
+        counts.append(f"left out as transition: {int((~self.members.any(axis=1)).sum())}")
+        reasons = Counter(reason for _, reason in skipped)
+        task, baseline = recording.config.paradigm, recording.config.baseline
+        facts = [
+            ("Grid", str(recording.grid)),
+            ("Repetition time", f"{recording.tr_s:g} s"),
+            ("Length", f"{n} volumes, {(rows['index'].max() + 1) * recording.tr_s:.0f} s"),
+            ("Volumes counted", "; ".join(counts)),
+            ("Baseline", f"{self.baseline}, {baseline.kind}"),
+            (
+                "Haemodynamic delay",
+                f"{task.haemodynamic_delay_s:g} s; left out {task.transition_s:g} s around edges",
+            ),
+            ("Regions given", ", ".join(recording.roi_names) or "none"),
+            ("Device", recording.device),
+            ("Never came", f"{missing} volumes"),
+            ("Skipped", "; ".join(f"{k} x {why}" for why, k in reasons.items()) or "nothing"),
+        ]
+        large = [
+            (str(n), "volumes"),
+            (str(missing), "missing"),
+            (str(len(skipped)), "skipped"),
+            (f"{p50:.3g} ms", "latency, p50"),
+            (f"{p99:.3g} ms", "latency, p99"),
+            (str(late), "late"),
+        ]
+        return numbers(large) + section("The run", table((), facts))
+
+    def warnings(self) -> list[str]:
+        """Return what the reader must know before the pictures."""
+        texts = []
+        if not self.recording.closed:
+            texts.append(
+                "The recording was not closed: the run is still going on, or was cut off. The "
+                "maps here were made again from the volumes that are safe."
+            )
+        texts += [
+            f"There is no map of {name}: it or the baseline has fewer than {MIN_VOLUMES} volumes."
+            for name in self.recording.conditions[1:]
+            if name not in self.tested
+        ]
+        return [section("Note", text=text, warning=True) for text in texts]
+
+    def mean_image(self) -> str:
+        """Return the section of a run without a task to test."""
+        rows = figures.slices_through(self.brain, self.recording.grid, self.middle_mm())
+        drawn = figures.mosaic(self.image(self.mean), rows)
+        return section(
+            "Mean image",
+            self.figure("mean", drawn, "Mean image"),
+            text="The mean of the baseline volumes, slice by slice. Look for lost signal, ghosts "
+            "of the head beside the head, and whether the whole brain is in the picture.",
+        )
+
+    def subtraction(self) -> str:
+        """Return baseline, activity and their difference."""
+        name = next(iter(self.tested))
+        maps = self.maps[name]
+        _, at_mm = peak(maps, self.recording.grid)
+        images = {"Baseline": self.image(self.mean), f"Activity: {name}": self.image(maps.mean)}
+        difference = self.image(maps.effect * self.brain)
+        drawn = figures.subtraction(
+            images,
+            ("Activity minus baseline", difference),
+            figures.slices_at(self.recording.grid, at_mm),
+        )
+        return section(
+            "Activity minus baseline",
+            self.figure("subtraction", drawn, f"Baseline, {name}, and their difference"),
+            text=f"Left, the mean image of {self.baseline}; middle, that of {name}: to the eye "
+            "they are the same. Right, their difference: warm where the signal rose, cool where "
+            "it fell, black where nothing changed. The slices go through the largest t; look for "
+            "patches of one colour there, while single scattered voxels are noise.",
+        )
+
+    def condition(self, name: str, label: str) -> list[str]:
+        """Return the blobs of one condition: mosaic, table, viewer."""
+        t, at_mm = peak(self.maps[name], self.recording.grid)
+        rows = figures.slices_through(self.brain, self.recording.grid, at_mm)
+        t_map = _without_specks(self.image(self.maps[name].t * self.brain))
+        drawn = figures.mosaic(self.background, rows, t_map, THRESHOLD_T)
+        blobs = section(
+            f"Blobs: {name}",
+            self.figure(f"blobs-{label}", drawn, f"t map of {name}, thresholded"),
+            paragraph(
+                f"Where {name} and {self.baseline} differ, over {self.over}: warm where the "
+                f"signal rose, cool where it fell (Welch's t of {THRESHOLD_T} or more either way, "
+                f"in clusters of {_MIN_CLUSTER_VOXELS} voxels or more, not corrected for the "
+                "number of voxels). Look for compact blobs where the task should have them; a rim "
+                "along the edge of the brain means that the head moved with the task."
+            ),
+            _clusters(t_map),
+            text=f"Largest t: {t:.1f} at {_place(at_mm)} mm. Places are scanner mm: x grows to "
+            "the right, y to the front, z to the top.",
+        )
+        heading = f"Look around: {name}"
+        if min(self.grid.shape) < _MIN_VIEWER_SLICES:
+            text = "Left out: the volume has too few slices to be cut three ways."
+            return [blobs, section(heading, text=text)]
+        if not np.any(t_map.dataobj):
+            return [blobs, section(heading, text="Left out: there are no blobs to look at.")]
+        viewer = section(
+            heading,
+            _viewer(t_map, self.background, at_mm, heading),
+            text=f"The same blobs over {self.over}, in three planes through one point. Click or "
+            "drag in a plane to move the point; its place and its t are shown.",
+        )
+        return [blobs, viewer]
+
+    def courses(self) -> str:
+        """Return the time courses: regions from the maps, then the regions that were given."""
+        grid, single = self.recording.grid, len(self.tested) == 1
+        regions: dict[str, Mask] = {}
+        for name in self.tested:
+            region = active_region(self.maps[name].t, self.brain)
+            of = "" if single else f" of {name}"
+            at = _place(peak(self.maps[name], grid)[1])
+            regions[f"Active: cluster around the peak{of} at {at} mm, {region.sum()} voxels"] = (
+                region
+            )
+        if self.tested:
+            region = inactive_region([self.maps[name].t for name in self.tested], self.brain)
+            regions[f"Inactive: {region.sum()} voxels with t nearest to 0"] = region
+        else:
+            regions["Whole brain"] = self.brain
+        signals = dict(
+            zip(regions, _signals(self.recording, len(self.rows), regions), strict=True)
+        )
+        for i, name in enumerate(self.recording.roi_names):
+            signals[f"Region {name}"] = self.recording.roi[: len(self.rows), i, 0]
+        rest = self.members[:, 0] if self.members[:, 0].any() else np.ones(len(self.rows), bool)
+        drawn = figures.time_courses(
+            [
+                figures.Course(name, 100 * (signal / (signal[rest].mean() or 1.0) - 1))
+                for name, signal in signals.items()
+            ],
+            self.rows["time_s"] + self.recording.tr_s / 2,
+            self.members,
+            self.recording.conditions,
+            self.recording.events,
+        )
+        text = "The signal of each region, in percent of its mean over all baseline volumes. "
+        if self.tested:
+            delay_s = self.recording.config.paradigm.haemodynamic_delay_s
+            text += (
+                "Shaded: the task blocks, when they were; the signal follows them by some "
+                f"{delay_s:g} s, since blood is slow. An active region steps up with every block, "
+                "an inactive one does not. Hollow points are volumes left out because the signal "
+                "was on its way up or down. The regions called active and inactive were chosen "
+                "from this very map, so they illustrate it; they are no test of it."
+            )
+        else:
+            text += "Look for jumps (the head moved), spikes and slow drift."
+        return section(
+            "Time courses", self.figure("time-courses", drawn, "Time courses"), text=text
+        )
+
+    def latency(self) -> str:
+        """Return how long everything took."""
+        deadline_s = self.recording.config.deadline_s or self.recording.tr_s
+        drawn = figures.latency(self.rows, 1e3 * deadline_s)
+        return section(
+            "Latency",
+            self.figure("latency", drawn, "Latency of each stage and of each volume"),
+            text="Left, how long each stage took; right, the time from each volume's last byte to "
+            "its result, which should stay under the deadline (crosses are late). The axes are "
+            "logarithmic. 'wait' is time in the queue: a run played back as fast as it goes waits "
+            "there for its turn, a run at the scanner should not.",
+        )
+
+    def middle_mm(self) -> list[float]:
+        """Return the middle of the brain in scanner mm."""
+        middle = np.argwhere(self.brain).mean(axis=0)
+        return list((self.recording.grid.affine @ [*middle, 1])[:3])
+
+    def figure(self, name: str, figure: Figure, text: str) -> str:
+        """Save a figure as PNG and return it as HTML."""
+        file = self.out / f"{name}.png"
+        figure.savefig(file, dpi=_DPI, facecolor=figure.get_facecolor())
+        return picture(file, text)
+
+
+def _around(mask: Mask, grid: Grid) -> tuple[tuple[slice, ...], Grid]:
+    """Return the box around *mask* with a margin, as slices and as a grid of its own."""
+    voxels = np.argwhere(mask)
+    first = np.maximum(voxels.min(axis=0) - _MARGIN_VOXELS, 0)
+    stop = np.minimum(voxels.max(axis=0) + 1 + _MARGIN_VOXELS, grid.shape)
+    affine = grid.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ first
+    x, y, z = (stop - first).tolist()
+    return tuple(slice(a, b) for a, b in zip(first, stop, strict=True)), Grid((x, y, z), affine)
+
+
+def _read_anatomy(path: str | Path, grid: Grid) -> Any:
+    """Return the anatomy on *grid*, twice as fine along each axis."""
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nilearn.image import resample_img
+
+    affine = grid.affine @ np.diag([*(1 / _ANATOMY_FINER,) * 3, 1])
+    # The first and the last fine voxel share the outer faces of the first and the last coarse one.
+    affine[:3, 3] -= grid.affine[:3, :3] @ np.full(3, 0.5 - 0.5 / _ANATOMY_FINER)
+    shape = tuple(_ANATOMY_FINER * n for n in grid.shape)
+    try:
+        image = nibabel.load(path)
+        return resample_img(image, affine, shape, interpolation="linear", copy_header=True)
+    except (ImageFileError, OSError, EOFError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"anatomy must be a 3-D NIfTI image; cannot use {path}: {error}"
+        ) from None
+
+
+def _signals(
+    recording: Recording, n_volumes: int, regions: Mapping[str, Mask]
+) -> NDArray[np.float64]:
+    """Return each region's mean signal, (n_regions, n_volumes), reading a volume at a time."""
+    voxels = [np.flatnonzero(mask.reshape(-1, order="F")) for mask in regions.values()]
+    signals = np.empty((len(voxels), n_volumes))
+    for row in range(n_volumes):
+        flat = recording.volume(row).flat
+        signals[:, row] = [flat[inside].mean(dtype=np.float64) for inside in voxels]
+    return signals
+
+
+def _without_specks(t_map: Any) -> Any:
+    """Return the t map where it is beyond the threshold in clusters of some voxels, else 0."""
+    from nilearn.image import threshold_img
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given float value must not exceed")
+        return threshold_img(
+            t_map,
+            THRESHOLD_T,
+            cluster_threshold=_MIN_CLUSTER_VOXELS,
+            two_sided=True,
+            copy_header=True,
+        )
+
+
+def _clusters(t_map: Any) -> str:
+    from nilearn.reporting import get_clusters_table
+
+    if not np.any(t_map.dataobj):
+        return paragraph("No cluster is beyond the threshold.")
+    with warnings.catch_warnings():
+        # All may have one sign.
+        warnings.filterwarnings("ignore", "No clusters found")
+        found = get_clusters_table(t_map, THRESHOLD_T, two_sided=True).to_dict("records")
+    # nilearn lists further peaks of a cluster under it, without a size of their own.
+    clusters = [row for row in found if row["Cluster Size (mm3)"] != ""]
+    clusters.sort(key=lambda row: -abs(row["Peak Stat"]))
+    rows = [
+        (
+            str(i),
+            f"{row['Peak Stat']:.1f}",
+            *(str(round(row[axis])) for axis in "XYZ"),
+            f"{row['Cluster Size (mm3)'] / 1000:.2f}",
+        )
+        for i, row in enumerate(clusters[:_MAX_CLUSTERS], 1)
+    ]
+    left = len(clusters) - len(rows)
+    more = paragraph(f"{left} more clusters are not listed.") if left > 0 else ""
+    return (
+        table(("", "peak t", "x mm", "y mm", "z mm", "volume cm\N{SUPERSCRIPT THREE}"), rows)
+        + more
+    )
+
+
+def _viewer(t_map: Any, background: Any, at_mm: tuple[float, float, float], title: str) -> str:
+    from nilearn.plotting import view_img
+
+    view = view_img(
+        t_map,
+        bg_img=background,
+        threshold=THRESHOLD_T,
+        cut_coords=at_mm,
+        cmap=figures.WARM_COOL,
+        black_bg=True,
+        resampling_interpolation="nearest",
+        width_view=900,
+    )
+    # The viewer asks a server for its icon, and nothing here asks a server.
+    document = re.sub(r'<link rel="(?:shortcut )?icon"[^>]*>', _VIEWER_STYLE, view.html)
+    return frame(document, title, view.height)
+
+
+def _place(at_mm: tuple[float, float, float]) -> str:
+    return "({}, {}, {})".format(*(round(x) for x in at_mm))

@@ -1,0 +1,293 @@
+"""The report's figures: each function returns a Figure, without matplotlib's global state."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from rtfmri.paradigm import Event
+from rtfmri.recording import STAGES
+from rtfmri.volume import Grid
+
+WARM_COOL = LinearSegmentedColormap.from_list(
+    "warm_cool",
+    [
+        (0.00, "#d7f0ff"),
+        (0.20, "#56b4e9"),
+        (0.38, "#0072b2"),
+        (0.50, "#000000"),
+        (0.62, "#c0470a"),
+        (0.80, "#f0a020"),
+        (1.00, "#fff6c0"),
+    ],
+)
+"""Warm above zero, cool below, black at zero; colour-blind eyes tell them apart, too."""
+
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
+"""For conditions, after Okabe & Ito 2008, Color Universal Design."""
+_INK, _GREY = "#22303c", "#7d8892"
+_PER_ROW = 7
+
+Rows = list[tuple[str, list[float]]]
+"""Rows of slices: the axis that they cut, x, y or z, and where, in scanner mm."""
+
+
+class Course(NamedTuple):
+    """A region's signal in each volume, (n_volumes,), in percent of its baseline mean."""
+
+    title: str
+    psc: NDArray[np.float64]
+
+
+def slices_at(grid: Grid, at_mm: Sequence[float]) -> Rows:
+    """Return the axial and the coronal slice through a point; of a thin volume its own plane."""
+    axes = _thin_axis(grid) or "zy"
+    return [(axis, [float(at_mm["xyz".index(axis)])]) for axis in axes]
+
+
+def slices_through(brain: NDArray[np.bool_], grid: Grid, at_mm: Sequence[float]) -> Rows:
+    """Return two rows of axial and one of coronal slices, some of them through the given point."""
+    places_mm = np.argwhere(brain) @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    rows: Rows = []
+    for axis, n_rows in [(_thin_axis(grid), 1)] if _thin_axis(grid) else [("z", 2), ("y", 1)]:
+        i = "xyz".index(axis)
+        low, high = np.percentile(places_mm[:, i], (2, 98))
+        n = min(n_rows * _PER_ROW, 1 + int((high - low) / min(grid.voxel_size_mm)))
+        cuts = np.linspace(low, high, n)
+        cuts[np.argmin(np.abs(cuts - at_mm[i]))] = at_mm[i]
+        rows += [(axis, part.tolist()) for part in np.array_split(cuts, n_rows) if part.size]
+    return rows
+
+
+def _thin_axis(grid: Grid) -> str:
+    """Return the scanner axis along which the volume has next to no slices, or nothing."""
+    thinnest = int(np.argmin(grid.shape))
+    across = int(np.argmax(np.abs(grid.affine[:3, thinnest])))
+    return "xyz"[across] if grid.shape[thinnest] < 4 else ""
+
+
+def subtraction(images: Mapping[str, Any], difference: tuple[str, Any], rows: Rows) -> Figure:
+    """Draw images in grey and their difference in colour, side by side on the same slices.
+
+    Parameters
+    ----------
+    images : mapping of str to NIfTI image
+        By title; all on one scale.
+    difference : (str, NIfTI image)
+        Title and image, 0 outside the brain.
+    rows : Rows
+    """
+    figure = Figure(figsize=(10, 0.9 + 2.6 * len(rows)), facecolor="black")
+    brightest = max(_brightest(image) for image in images.values())
+    largest = float(np.percentile(np.abs(difference[1].dataobj), 99.9)) or 1.0
+    columns: list[tuple[str, Any, Any, float, float]] = [
+        (title, image, "gray", 0.0, brightest) for title, image in images.items()
+    ]
+    columns.append((*difference, WARM_COOL, -largest, largest))
+    width = 1 / len(columns)
+    top, bottom = 1 - 0.4 / figure.get_figheight(), 0.5 / figure.get_figheight()
+    for column, (title, image, cmap, low, high) in enumerate(columns):
+        left = column * width
+        figure.text(left + width / 2, top, title, color="white", ha="center", size=12)
+        place = (left, bottom, width, top - bottom - 0.02)
+        _draw(figure, place, rows, image, cmap=cmap, vmin=low, vmax=high)
+        _colour_bar(figure, left + width / 2, cmap, low, high, "scanner units")
+    return figure
+
+
+def mosaic(background: Any, rows: Rows, t_map: Any = None, threshold: float = 0.0) -> Figure:
+    """Draw slices of *background* in grey and, over it, the t map where |t| >= *threshold*."""
+    figure = Figure(figsize=(10, 0.7 + 1.75 * len(rows)), facecolor="black")
+    bottom = 0.55 / figure.get_figheight()
+    place = (0, bottom, 1, 0.99 - bottom)
+    brightest = _brightest(background)
+    if t_map is None:
+        _draw(figure, place, rows, background, cmap="gray", vmin=0, vmax=brightest)
+        _colour_bar(figure, 0.5, "gray", 0, brightest, "scanner units")
+        return figure
+    largest = max(float(np.abs(t_map.dataobj).max()), threshold + 1)
+    if np.any(t_map.dataobj):
+        scale = {"cmap": WARM_COOL, "vmin": -largest, "vmax": largest}
+        _draw(figure, place, rows, t_map, threshold=threshold, bg_img=background, **scale)
+    else:
+        _draw(figure, place, rows, background, cmap="gray", vmin=0, vmax=brightest)
+    _colour_bar(figure, 0.5, WARM_COOL, -largest, largest, "Welch t", dark=threshold)
+    return figure
+
+
+def _draw(
+    figure: Figure, place: tuple[float, float, float, float], rows: Rows, image: Any, **style: Any
+) -> None:
+    from nilearn.plotting import plot_img
+
+    left, bottom, width, height = place
+    for row, (axis, cuts) in enumerate(rows):
+        display = plot_img(
+            image,
+            display_mode=axis,
+            cut_coords=cuts,
+            figure=figure,
+            axes=(left, bottom + height * (1 - (row + 1) / len(rows)), width, height / len(rows)),
+            black_bg=True,
+            colorbar=False,
+            annotate=False,
+            resampling_interpolation="nearest",
+            **style,
+        )
+        display.annotate(size=8)
+
+
+def _brightest(image: Any) -> float:
+    """Return what is drawn white: a few vessels may be brighter."""
+    return float(np.percentile(image.dataobj, 99.7)) or 1.0
+
+
+def _colour_bar(
+    figure: Figure, centre: float, cmap: Any, low: float, high: float, label: str, dark: float = 0
+) -> None:
+    height = figure.get_figheight()
+    axes = figure.add_axes((centre - 0.12, 0.38 / height, 0.24, 0.1 / height))
+    colours = ScalarMappable(Normalize(low, high), cmap)
+    bar = figure.colorbar(colours, axes, orientation="horizontal")
+    if dark:
+        axes.axvspan(-dark, dark, color="#333333")
+    bar.ax.tick_params(colors="white", labelsize=8, length=2, pad=1)
+    bar.set_label(label, color="white", size=8, labelpad=1)
+
+
+def time_courses(
+    courses: Sequence[Course],
+    time_s: NDArray[np.float64],
+    members: NDArray[np.bool_],
+    conditions: Sequence[str],
+    events: Sequence[Event],
+) -> Figure:
+    """Draw each course against the task.
+
+    Parameters
+    ----------
+    courses : sequence of Course
+        One panel each, all on one scale.
+    time_s : (n_volumes,)
+        Middle of each volume.
+    members : (n_volumes, n_conditions)
+        Which volume counts for which condition; one that counts for none is a hollow point.
+    conditions : sequence of str
+        The baseline first.
+    events : sequence of Event
+        Shaded where they are, not where their response is.
+    """
+    height = 0.9 + (1.9 if len(courses) <= 3 else 1.45) * len(courses)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    panels = figure.subplots(len(courses), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    colour = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(conditions[1:])}
+    colour[conditions[0]] = _GREY
+    # A point has the colour of the last condition it counts for: the baseline's only if no other.
+    faces = [
+        next(
+            (colour[name] for name, on in zip(conditions[::-1], row[::-1], strict=True) if on),
+            "white",
+        )
+        for row in members
+    ]
+    # Where a volume never came, the line is broken.
+    usual_s = np.median(np.diff(time_s)) if len(time_s) > 1 else 0.0
+    gaps = 1 + np.flatnonzero(np.diff(time_s) > 1.5 * usual_s)
+    for axes, course in zip(panels, courses, strict=True):
+        for event in events:
+            stop_s = event.onset_s + event.duration_s
+            shade = colour.get(event.trial_type, _GREY)
+            axes.axvspan(event.onset_s, stop_s, color=shade, alpha=0.16, lw=0)
+        axes.axhline(0, color=_GREY, lw=0.8)
+        line = np.insert(course.psc, gaps, np.nan)
+        axes.plot(np.insert(time_s, gaps, np.nan), line, color=_INK, lw=0.8, alpha=0.7)
+        axes.scatter(time_s, course.psc, s=13, c=faces, edgecolors=_INK, linewidths=0.6, zorder=3)
+        axes.set_title(course.title, loc="left", size=10, color=_INK)
+        axes.set_xlim(0, time_s[-1] + usual_s)
+        _tidy(axes)
+    panels[-1].set_xlabel("time in the run (s)")
+    figure.supylabel("signal change (%)", size=10, color=_INK)
+    if len(conditions) > 1:
+        point: dict[str, Any] = {"marker": "o", "ls": "", "mec": _INK, "mew": 0.6, "ms": 5}
+        blocks = [
+            Patch(color=colour[name], alpha=0.5, label=f"{name} (block, and volumes in it)")
+            for name in conditions[1:]
+        ]
+        points = [
+            Line2D([], [], mfc=_GREY, label=f"{conditions[0]} volume", **point),
+            Line2D([], [], mfc="white", label="left out (transition)", **point),
+        ]
+        handles = [*blocks, *points]
+        figure.legend(
+            handles=handles, loc="outside upper left", ncols=4, frameon=False, fontsize=8.5
+        )
+    return figure
+
+
+def latency(rows: NDArray[Any], deadline_ms: float) -> Figure:
+    """Draw how long each stage took, and the total of each volume against the deadline.
+
+    Parameters
+    ----------
+    rows : (n_volumes,) compound
+        `Recording.results`.
+    deadline_ms : float
+    """
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    stages, total, spread = figure.subplots(1, 3, width_ratios=(5, 6, 1.2))
+    names = [*STAGES, "total"]
+    times = [rows["latency_ms" if name == "total" else f"{name}_ms"] for name in names]
+    p50, p99 = (np.array([np.percentile(t, p) for t in times]) for p in (50, 99))
+    floor = max(1e-3, 0.5 * float(min(p50[p50 > 0], default=1e-3)))
+    place = np.arange(len(names))
+    stages.barh(place - 0.19, p50, 0.36, color=_COLOURS[1], label="p50 (half are faster)")
+    stages.barh(place + 0.19, p99, 0.36, color=_COLOURS[5], label="p99 (1 in 100 is slower)")
+    for bars in stages.containers:
+        stages.bar_label(bars, fmt="%.3g", padding=3, size=7.5, color=_INK)
+    stages.set(xscale="log", yticks=place, yticklabels=names, xlabel="time (ms)")
+    stages.set_xlim(floor, 8 * p99.max())
+    stages.invert_yaxis()
+    stages.set_title("Each stage", loc="left", size=10, color=_INK)
+    stages.legend(loc="best", fontsize=7.5, frameon=False)
+
+    late = rows["deadline_missed"]
+    total.scatter(rows["index"][~late], times[-1][~late], s=7, color=_COLOURS[1])
+    total.scatter(rows["index"][late], times[-1][late], s=14, color=_COLOURS[0], marker="x")
+    total.axhline(deadline_ms, color=_COLOURS[0], lw=1.2, ls="--")
+    total.annotate(
+        f"deadline {deadline_ms:g} ms",
+        (1, deadline_ms),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        size=8,
+        color=_COLOURS[0],
+    )
+    total.set(xlabel="volume", ylabel="arrival to result (ms)", yscale="log")
+    total.set_ylim(0.5 * times[-1].min(), 2 * max(deadline_ms, times[-1].max()))
+    total.set_title("Each volume", loc="left", size=10, color=_INK)
+    bins = np.geomspace(times[-1].min(), 1.001 * times[-1].max(), 40)
+    spread.hist(times[-1], bins=bins, orientation="horizontal", color=_COLOURS[1])
+    spread.set(yscale="log", ylim=total.get_ylim(), xlabel="count")
+    spread.tick_params(labelleft=False)
+    stages.xaxis.set_major_formatter("{x:g}")
+    total.yaxis.set_major_formatter("{x:g}")
+    for axes in (stages, total, spread):
+        _tidy(axes)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8.5, colors=_INK)
+    axes.xaxis.label.set(size=9, color=_INK)
+    axes.yaxis.label.set(size=9, color=_INK)

@@ -1,0 +1,90 @@
+"""What to look at in a map: the brain, the peak, an active and an inactive region."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfmri.export import to_nifti
+from rtfmri.pipeline import ConditionMaps
+from rtfmri.volume import Grid
+
+Mask = NDArray[np.bool_]
+
+THRESHOLD_T = 3.1
+"""Display threshold: p < 0.001 one-sided of a normal variate, the usual one for drawing blobs."""
+MAX_REGION_VOXELS = 50
+_MIN_BRAIN_FRACTION = 0.02
+_AIR_FRACTION = 0.25
+_MARGIN_VOXELS = 3
+
+
+def brain_mask(mean: NDArray[Any], grid: Grid) -> Mask:
+    """Return the voxels of the brain, for display; never empty.
+
+    By nilearn's `compute_epi_mask`. Where that finds next to nothing (a single slice, say): all
+    voxels above a quarter of the image's 98th percentile.
+    """
+    from nilearn.masking import compute_epi_mask
+
+    mean = np.nan_to_num(mean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            mask = np.asarray(compute_epi_mask(to_nifti(mean, grid)).dataobj) > 0
+        except (ValueError, IndexError):
+            mask = np.zeros(grid.shape, bool)
+    if mask.mean() < _MIN_BRAIN_FRACTION:
+        mask = mean >= _AIR_FRACTION * np.percentile(mean, 98)
+    return np.asarray(mask, bool)
+
+
+def peak(maps: ConditionMaps, grid: Grid) -> tuple[float, tuple[float, float, float]]:
+    """Return the largest Welch t inside the brain and its place in scanner mm (RAS+)."""
+    brain = brain_mask(maps.mean - maps.effect, grid)
+    voxel = largest(maps.t, brain)
+    x, y, z = (grid.affine @ [*voxel, 1])[:3]
+    return float(maps.t[voxel]), (float(x), float(y), float(z))
+
+
+def largest(t: NDArray[Any], inside: Mask) -> tuple[int, int, int]:
+    """Return the voxel of the largest *t* within *inside*."""
+    i, j, k = np.unravel_index(np.argmax(np.where(inside & np.isfinite(t), t, -np.inf)), t.shape)
+    return int(i), int(j), int(k)
+
+
+def active_region(t: NDArray[Any], brain: Mask, threshold: float = THRESHOLD_T) -> Mask:
+    """Return the cluster around the largest *t*: at most its 50 voxels of the largest t.
+
+    Neighbours share a face. A map that stays below *threshold* has its cluster above half of its
+    largest value.
+    """
+    from scipy.ndimage import label
+
+    voxel = largest(t, brain)
+    clusters, _ = label(brain & (t >= min(threshold, t[voxel] / 2)))
+    cluster = clusters == clusters[voxel] if clusters[voxel] else np.zeros(t.shape, bool)
+    cluster[voxel] = True
+    return _best(t, cluster)
+
+
+def inactive_region(
+    ts: Sequence[NDArray[Any]], brain: Mask, threshold: float = THRESHOLD_T
+) -> Mask:
+    """Return the 50 voxels whose t is nearest to 0 in all maps, away from any cluster."""
+    from scipy.ndimage import binary_dilation
+
+    worst = np.max(np.abs(np.nan_to_num(ts)), axis=0)
+    near = binary_dilation(brain & (worst >= threshold), iterations=_MARGIN_VOXELS)
+    away = brain & ~near
+    return _best(-worst, away if away.any() else brain)
+
+
+def _best(score: NDArray[Any], inside: Mask) -> Mask:
+    voxels = np.flatnonzero(inside)
+    chosen = voxels[np.argsort(score.ravel()[voxels], kind="stable")[-MAX_REGION_VOXELS:]]
+    region = np.zeros(score.size, bool)
+    region[chosen] = True
+    return region.reshape(score.shape)

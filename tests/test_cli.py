@@ -1,0 +1,145 @@
+"""The command line as a user meets it, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtfmri.recording import open_recording
+
+SMALL = "simulator:finger-tapping?volumes=40&shape=24x24x12"
+
+
+def rtfmri(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "rtfmri", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("task") / "events.tsv"
+    file.write_text("onset\tduration\ttrial_type\n20\t20\ttapping\n60\t20\ttapping\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory, events: Path) -> Path:
+    """A simulated scanner writes DICOM files, another process takes them through a run."""
+    folder = tmp_path_factory.mktemp("run")
+    out = folder / "run.h5"
+    rtfmri("simulate", SMALL, "--to", f"folder:{folder / 'dicom'}", "--speed", 1000)
+    assert len(list((folder / "dicom").glob("*.dcm"))) == 40
+    done = rtfmri("run", folder / "dicom", "--events", events, "--out", out)
+    assert "40" in done.stdout
+    assert "tapping" in done.stdout
+    assert f"rtfmri report {out}" in done.stdout.replace("\n", "")
+    return out
+
+
+def test_a_run_from_dicom_is_recorded(recording: Path) -> None:
+    with open_recording(recording) as run:
+        assert run.closed
+        assert run.n_volumes == 40
+        assert run.conditions == ("baseline", "tapping")
+        assert run.maps()["tapping"].t.max() > 8
+
+
+def test_json_is_a_line_a_volume_and_a_summary(recording: Path, events: Path) -> None:
+    lines = rtfmri("run", recording, "--events", events, "--json").stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["index"] for row in rows[:-1]] == list(range(40))
+    assert rows[-1]["summary"]["volumes"] == 40
+    with open_recording(recording) as run:
+        peak = rows[-1]["summary"]["contrasts"]["tapping"]["peak_t"]
+        assert peak <= float(run.maps()["tapping"].t.max())
+
+
+def test_a_live_folder_is_followed_while_a_scanner_writes(tmp_path: Path) -> None:
+    source = f"folder:{tmp_path}?count=12&timeout_s=20"
+    reader = subprocess.Popen(
+        [sys.executable, "-m", "rtfmri", "-v", "run", source, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with reader:
+        assert reader.stderr
+        assert "waiting for the first volume" in reader.stderr.readline()
+        small = SMALL.replace("40", "12")
+        rtfmri("simulate", small, "--to", f"folder:{tmp_path}", "--speed", 100)
+        assert reader.stdout
+        rows = [json.loads(line) for line in reader.stdout]
+    assert reader.returncode == 0
+    assert rows[-1]["summary"]["volumes"] == 12
+    assert rows[-1]["summary"]["missing"] == 0
+
+
+def test_report_export_and_recover(recording: Path, tmp_path: Path) -> None:
+    rtfmri("report", recording, "--out", tmp_path / "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "data:image/png;base64" in page
+    rtfmri("export", recording, "--bids", tmp_path / "bids")
+    assert list((tmp_path / "bids").rglob("*contrast-tapping_stat-t_statmap.nii.gz"))
+    done = rtfmri("recover", recording, tmp_path / "mended.h5")
+    assert done.stdout.startswith("40 volumes recovered")
+    with open_recording(recording) as one, open_recording(tmp_path / "mended.h5") as other:
+        assert np.array_equal(one.maps()["tapping"].t, other.maps()["tapping"].t)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nowhere"], "nowhere"),
+        (["run", SMALL, "--events", "none.tsv"], "cannot read the events in none.tsv"),
+        (["run", SMALL, "--roi", "motor"], "--roi must be NAME=FILE, got 'motor'"),
+        (["run", SMALL, "--tr", "-2"], "tr_s should be greater than 0, got -2"),
+        (["run", SMALL, "--config", "none.toml"], "cannot read the settings in none.toml"),
+        (["run", SMALL, "--out", "no/folder/run.h5"], "cannot write the recording"),
+        (["run", "ftp://somewhere"], "source"),
+        (["simulate", SMALL, "--to", "tape:1"], "folder:DIR"),
+        (["report", "none.h5"], "none.h5"),
+        (["bench", "--grid", "64x64"], "--grid must be like 64x64x36, got '64x64'"),
+    ],
+)
+def test_an_error_is_one_sentence(arguments: list[str], words: str) -> None:
+    done = rtfmri(*arguments, expect=1)
+    assert words in " ".join(done.stderr.split())
+
+
+def test_cuda_without_a_gpu_says_what_is_missing() -> None:
+    from rtfmri.backends import gpu_problem
+
+    problem = gpu_problem()
+    if problem is None:
+        pytest.skip("this machine has a GPU")
+    done = rtfmri("run", SMALL, "--device", "cuda", expect=1)
+    assert problem in " ".join(done.stderr.split())
+
+
+def test_importing_is_light() -> None:
+    """What makes an import slow stays out of it; the time itself is a benchmark's matter."""
+    code = "import sys, rtfmri; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {"numba", "h5py", "nibabel", "pydicom", "nilearn", "matplotlib", "scipy", "pandas"}
+    assert heavy.isdisjoint(loaded)
+
+
+def test_every_public_name_is_there() -> None:
+    import rtfmri
+
+    assert all(getattr(rtfmri, name) is not None for name in rtfmri.__all__)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        rtfmri.nothing_like_it  # noqa: B018
