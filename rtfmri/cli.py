@@ -325,7 +325,7 @@ def bench(
             suites=suite or list(suites.SUITES),
             progress=status.update,
         )
-    for table in suites.tables(figures):
+    for table in suites.table(figures):
         out_console.print(table)
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,106 @@
+"""What rtfmri costs, measured: suites that `run` runs and whose report `table` shows.
+
+``rtfmri bench`` runs them from an installed package, ``python -m benchmarks`` from a checkout.
+How each number comes about stands in README.md beside this file.
+"""
+
+import datetime
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import rtfmri
+from rtfmri import machine
+from rtfmri.backends import open_backend
+from rtfmri.config import Device
+from rtfmri.errors import ConfigError
+
+from . import baseline, kernels, latency
+from .measure import open_clock
+from .tables import rich_tables
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = "rtfmri-benchmark-1"
+GRIDS = ((64, 64, 36), (104, 104, 72), (192, 192, 84))
+
+SUITES = {
+    "kernels": "every operation of the backend: time, GB/s, share of the memory bandwidth",
+    "baseline": "fused baseline + PSC + z against NumPy; cost per volume from volume 10 to 10,000",
+    "latency": "arrival to result in a paced session, with and without recording",
+}
+_RUNNERS = {"kernels": kernels.run, "baseline": baseline.run, "latency": latency.run}
+
+
+def run(
+    *,
+    device: str,
+    grids: Sequence[tuple[int, int, int]] = GRIDS,
+    suites: Sequence[str] = tuple(SUITES),
+    progress: Callable[[str], None] = lambda _: None,
+    rounds: int = 8,
+) -> dict[str, Any]:
+    """Run benchmark suites on this machine.
+
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+        As for `rtfmri.backends.open_backend`.
+    grids : sequence of (int, int, int)
+        Shapes x, y, z of the volumes.
+    suites : sequence of str
+        Names in `SUITES`.
+    progress : callable
+        Called with a few words before each step.
+    rounds : int
+        How often the things to compare take turns; times are medians over the turns.
+
+    Returns
+    -------
+    dict
+        Of what `json.dump` takes: machine, date, revision, and the rows of each suite's tables.
+
+    Raises
+    ------
+    ConfigError
+        If a suite is none.
+    DeviceError
+        If the device cannot be had.
+    """
+    if unknown := set(suites) - set(SUITES):
+        raise ConfigError(f"suites must be of {', '.join(SUITES)}; got {', '.join(unknown)}")
+    backend = open_backend(cast(Device, device))
+    backend.warm("int16")
+    clock = open_clock(backend)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for suite in suites:
+        tables |= _RUNNERS[suite](backend, clock, grids, rounds, progress)
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "rtfmri": rtfmri.__version__,
+        "revision": _revision(),
+        "device": backend.name,
+        "machine": machine.describe(),
+        "tables": tables,
+    }
+
+
+def table(report: dict[str, Any]) -> "list[Table]":
+    """Return a report's tables for the terminal."""
+    return rich_tables(report)
+
+
+def _revision() -> str | None:
+    """Return the commit of the checkout this runs from, marked if changed; None if installed."""
+    root = Path(rtfmri.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

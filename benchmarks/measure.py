@@ -1,0 +1,171 @@
+"""How things are timed: taking turns, with hot and with cold caches, against a memory stream."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from rtfmri.backends import Backend
+from rtfmri.machine import Triad, beyond_caches_bytes
+
+Call = Callable[[], object]
+Timer = Callable[[], float]
+"""Does something once and returns the seconds it took."""
+
+HOT_TURN, COLD_TURN = 10, 2
+"""Timed calls a turn; with hot caches one more comes before them, to make the caches its own."""
+
+
+class Stream(Protocol):
+    """Moves memory as fast as the device can; call it to run it once."""
+
+    n_bytes: int
+    """Read and written by a call."""
+
+    def __call__(self) -> None:
+        """Run it once."""
+        ...
+
+
+class Clock(Protocol):
+    """Times calls on one device.
+
+    Attributes
+    ----------
+    name : str
+    largest : Stream
+        Works on more memory than any cache holds.
+    """
+
+    name: str
+    largest: Stream
+
+    def timer(self, call: Call, *, cold: bool) -> Timer:
+        """Return what runs *call* once and times it; *cold* empties the caches before."""
+        ...
+
+    def stream(self, n_bytes: int) -> Stream:
+        """Return a stream whose arrays take *n_bytes* together."""
+        ...
+
+
+class HostClock:
+    """`time.perf_counter` around calls that are done when they return."""
+
+    name = "perf_counter"
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self.largest: Stream = self.stream(beyond_caches_bytes())
+
+    def timer(self, call: Call, *, cold: bool) -> Timer:
+        """See `Clock.timer`."""
+
+        def once() -> float:
+            if cold:
+                self.largest()
+            started_s = time.perf_counter()
+            call()
+            return time.perf_counter() - started_s
+
+        return once
+
+    def stream(self, n_bytes: int) -> Stream:
+        """See `Clock.stream`."""
+        return Triad(n_bytes, self._threads)
+
+
+class CudaClock:
+    """CUDA events around calls that are queued on a backend's stream.
+
+    A long copy goes before each measurement: while it runs the host queues what is timed, so that
+    the GPU never waits for the host between the events; it also empties the cache.
+    """
+
+    name = "CUDA events"
+    _CALLS = 10
+    """Hot calls between two events, which tell times only to about a microsecond."""
+    _LARGEST = 2 << 30
+
+    def __init__(self, backend: Any) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._stream = backend._staging.stream
+        self._events = cupy.cuda.Event(), cupy.cuda.Event()
+        free, _ = cupy.cuda.Device().mem_info
+        self.largest: Stream = self.stream(min(self._LARGEST, free // 4))
+
+    def timer(self, call: Call, *, cold: bool) -> Timer:
+        """See `Clock.timer`."""
+        calls = 1 if cold else self._CALLS
+        start, stop = self._events
+
+        def once() -> float:
+            self.largest()
+            if not cold:
+                call()
+            start.record(self._stream)
+            for _ in range(calls):
+                call()
+            stop.record(self._stream)
+            stop.synchronize()
+            return 1e-3 * float(self._cupy.cuda.get_elapsed_time(start, stop)) / calls
+
+        return once
+
+    def stream(self, n_bytes: int) -> Stream:
+        """See `Clock.stream`."""
+        return _DeviceCopy(self._cupy, self._stream, n_bytes)
+
+
+class _DeviceCopy:
+    def __init__(self, cupy: Any, stream: Any, n_bytes: int) -> None:
+        self._stream = stream
+        with stream:
+            self._from, self._to = (cupy.ones(max(1, n_bytes // 8), np.float32) for _ in range(2))
+        self.n_bytes = 2 * self._from.nbytes
+
+    def __call__(self) -> None:
+        self._to.data.copy_from_device_async(self._from.data, self._from.nbytes, self._stream)
+
+
+def open_clock(backend: Backend) -> Clock:
+    """Return the clock for what *backend* does."""
+    return CudaClock(backend) if backend.name == "cuda" else HostClock()
+
+
+def take_turns(timers: Mapping[str, Timer], rounds: int, *, cold: bool) -> dict[str, list[float]]:
+    """Run every timer in turn, *rounds* times round, and return the seconds of each.
+
+    So a change of the machine's speed meets all alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            if not cold:
+                timer()
+            seconds[name] += [timer() for _ in range(COLD_TURN if cold else HOT_TURN)]
+    return seconds
+
+
+def statistics_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median, minimum and 95th percentile in ms."""
+    times_ms = 1e3 * np.array(seconds)
+    return {
+        "median_ms": float(np.median(times_ms)),
+        "min_ms": float(times_ms.min()),
+        "p95_ms": float(np.percentile(times_ms, 95)),
+    }
+
+
+def gb_per_s(n_bytes: float, seconds: Sequence[float]) -> float:
+    """Return the rate of the median time, in 1e9 bytes a second."""
+    return 1e-9 * n_bytes / statistics.median(seconds)
+
+
+def grid_name(shape: Sequence[int]) -> str:
+    """Return a shape as 64x64x36."""
+    return "x".join(str(n) for n in shape)
