@@ -267,12 +267,16 @@ def demo(
 def report(
     recording: RecordingArgument,
     out: Annotated[Path | None, typer.Option(help="Folder of the page and its pictures.")] = None,
+    anatomy: Annotated[
+        Path | None, typer.Option(help="Draw the blobs on this image, in the same scanner mm.")
+    ] = None,
 ) -> None:
     """Draw a recording: pictures as PNG and one self-contained HTML page."""
     from rtfmri.report import write_report
 
     with err_console.status("drawing"):
-        page = write_report(recording, out or recording.with_name(f"{recording.stem}-report"))
+        folder = out or recording.with_name(f"{recording.stem}-report")
+        page = write_report(recording, folder, anatomy=anatomy)
     out_console.print(f"report: {page}", highlight=False)
 
 

@@ -11,6 +11,10 @@ import numpy as np
 from rtfmri.config import BaselineSettings, ParadigmSettings
 from rtfmri.errors import EventsError
 
+MAX_CONDITIONS = 64
+MAX_NAME_BYTES = 256
+"""Both are what a recording has room for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -90,6 +94,11 @@ class Paradigm:
     baseline : BaselineSettings
         Names the baseline condition.
 
+    Raises
+    ------
+    EventsError
+        If there are more than 64 conditions, or a name is longer than 256 bytes.
+
     Attributes
     ----------
     conditions : tuple of str
@@ -111,6 +120,16 @@ class Paradigm:
         self._transition_s = settings.transition_s
         others = sorted({event.trial_type for event in self.events} - {name})
         self.conditions = (name, *others)
+        if len(self.conditions) > MAX_CONDITIONS:
+            raise EventsError(
+                f"trial_type must have at most {MAX_CONDITIONS} values, the baseline included; "
+                f"got {len(self.conditions)}"
+            )
+        for condition in self.conditions:
+            if len(condition.encode()) > MAX_NAME_BYTES:
+                raise EventsError(
+                    f"trial_type must be at most {MAX_NAME_BYTES} bytes, got {condition!r}"
+                )
         self._blocks = {
             condition: _merge(e for e in self.events if e.trial_type == condition)
             for condition in self.conditions

@@ -162,9 +162,19 @@ class Pipeline:
         )
 
     def subtraction(self) -> dict[str, NDArray[np.float32]]:
-        """Return the newest volume against the baseline: difference, psc and z, (x, y, z) each."""
-        maps = self._baseline.subtraction
-        return {name: self._image(flat) for name, flat in maps._asdict().items()}
+        """Return the newest volume against the baseline before it.
+
+        Returns
+        -------
+        dict of str to (x, y, z) float32
+            ``difference`` in scanner units, ``psc`` in percent, ``z`` in baseline standard
+            deviations; all 0 while there is no baseline (`Result.baseline_ready`).
+        """
+        maps = {name: self._image(m) for name, m in self._baseline.subtraction._asdict().items()}
+        if not self._baseline.ready:
+            for image in maps.values():
+                image.fill(0)
+        return maps
 
     def maps(self) -> dict[str, ConditionMaps]:
         """Return what the volumes so far say of each condition, the baseline first."""

@@ -32,14 +32,14 @@ from numpy.typing import DTypeLike, NDArray
 import rtfmri
 from rtfmri.config import Config
 from rtfmri.errors import RecordingError
-from rtfmri.paradigm import Event, Paradigm
+from rtfmri.paradigm import MAX_NAME_BYTES, Event, Paradigm
 from rtfmri.pipeline import ConditionMaps, Pipeline, Result
 from rtfmri.volume import Grid, Volume
 
 FORMAT = "rtfmri-recording-1"
 STAGES = ("decode", "wait", "upload", "baseline", "roi")
 _MAPS = ("mean", "effect", "psc", "t")
-_NAME = "S64"
+_NAME = f"S{MAX_NAME_BYTES}"
 _SKIPPED = np.dtype([("before_row", np.int64), ("reason", "S160")])
 _EVENT = np.dtype([("onset_s", np.float64), ("duration_s", np.float64), ("trial_type", _NAME)])
 _RESULT = np.dtype(
@@ -74,7 +74,7 @@ class Recorder:
     Raises
     ------
     RecordingError
-        If the file cannot be created, or there are more than 64 conditions.
+        If the file cannot be created.
     """
 
     def __init__(
@@ -90,10 +90,6 @@ class Recorder:
         device: str = "cpu",
     ) -> None:
         rois = rois or {}
-        if len(paradigm.conditions) > 64:
-            raise RecordingError(
-                f"a recording holds at most 64 conditions, got {len(paradigm.conditions)}"
-            )
         self._conditions = paradigm.conditions
         self._rois = tuple(rois)
         self.n_volumes = 0

@@ -111,6 +111,9 @@ class Session:
             source = open_reader(source, tr_s=self._config.tr_s, speed=speed)
         self._reader = source
         self._out = None if out is None else Path(out)
+        self._backend = open_backend(self._config.device, self._config.threads)
+        for dtype in VOXEL_DTYPES:
+            self._backend.warm(dtype)
         if self._out:
             reserve(self._out)
         self.counters = Counters()
@@ -123,9 +126,6 @@ class Session:
         self._has_a_clock = self._reader.live or speed is not None
         self._early_skips: list[str] = []
         self._closed = False
-        self._backend = open_backend(self._config.device, self._config.threads)
-        for dtype in VOXEL_DTYPES:
-            self._backend.warm(dtype)
         self._read: queue.Queue[Volume | Skipped | BaseException | None] = queue.Queue(_READ_AHEAD)
         self._thread = threading.Thread(target=self._read_all, name="rtfmri-reader", daemon=True)
         self._thread.start()

@@ -125,6 +125,13 @@ def test_a_named_baseline_is_taken_from_the_events_alone() -> None:
     assert conditions(paradigm, 12) == ["rest"] * 5 + ["tap"] * 5 + [""] * 2
 
 
+def test_more_than_a_recording_holds_is_refused() -> None:
+    with pytest.raises(EventsError, match="at most 64 values"):
+        Paradigm([Event(20.0 * i, 10, f"face {i}") for i in range(64)])
+    with pytest.raises(EventsError, match="at most 256 bytes"):
+        Paradigm([Event(0, 10, "x" * 257)])
+
+
 def test_conditions_that_no_volume_can_reach_are_named() -> None:
     paradigm = Paradigm([Event(0, 3, "flash"), Event(10, 20, "tap"), Event(5, 0, "press")])
     assert paradigm.unreachable == ("flash", "press")

@@ -134,7 +134,11 @@ def test_overlapping_conditions_both_count() -> None:
 
 def test_results_say_what_happened() -> None:
     pipeline = Pipeline(GRID, Config(device="cpu", deadline_s=1e-9), paradigm=PARADIGM)
-    results = [pipeline.push(v) for v in volumes(15)]
+    results = []
+    for volume in volumes(15):
+        results.append(pipeline.push(volume))
+        shown = [image.any() for image in pipeline.subtraction().values()]
+        assert shown == [results[-1].baseline_ready] * 3
     assert [r.index for r in results] == list(range(15))
     assert [r.baseline_ready for r in results[:4]] == [False, False, True, True]
     assert results[14].conditions == ("tap",)

@@ -10,7 +10,7 @@ import pytest
 
 from memory import ACTIVE, EVENTS, GRID, TR_S, MemoryReader, volumes
 from rtfmri.config import Config
-from rtfmri.errors import ConfigError, EventsError, RecordingError, SourceError
+from rtfmri.errors import ConfigError, DeviceError, EventsError, RecordingError, SourceError
 from rtfmri.paradigm import Event
 from rtfmri.readers import Skipped
 from rtfmri.recording import Recorder, open_recording
@@ -185,6 +185,8 @@ def test_nothing_starts_with_a_bad_configuration(tmp_path: Path) -> None:
         Session(MemoryReader(volumes(1)), rois={"m": tmp_path / "none.nii"}, out=out)
     with pytest.raises(SourceError):
         Session(str(tmp_path / "nowhere"), out=out)
+    with pytest.raises(DeviceError, match="threads"):
+        Session(MemoryReader(volumes(1)), config=Config(device="cpu", threads=256), out=out)
     assert not out.exists()
 
 

@@ -6,6 +6,7 @@ three times: in numba (`backends.cpu`), in CUDA (`backends.cuda` and ``kernels/`
 NumPy in the tests.
 """
 
+import logging
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from rtfmri.config import Device
 from rtfmri.errors import DeviceError
+
+_log = logging.getLogger(__name__)
 
 Array: TypeAlias = Any
 """A NumPy array on the cpu backend, a CuPy array on the cuda backend."""
@@ -215,6 +218,8 @@ def open_backend(device: Device = "auto", threads: int | None = None) -> Backend
     problem = None if device == "cpu" else gpu_problem()
     if device == "cuda" and problem:
         raise DeviceError(f"device 'cuda' was asked for, but {problem}")
+    if problem:
+        _log.info("computing on the CPU: %s", problem)
     if device == "cpu" or problem:
         from rtfmri.backends.cpu import CpuBackend
 

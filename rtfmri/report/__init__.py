@@ -295,8 +295,8 @@ class _Report:
             self.figure("latency", drawn, "Latency of each stage and of each volume"),
             text="Left, how long each stage took; right, the time from each volume's last byte to "
             "its result, which should stay under the deadline (crosses are late). The axes are "
-            "logarithmic. 'wait' is time in the queue: a run played back as fast as it goes waits "
-            "there for its turn, a run at the scanner should not.",
+            "logarithmic. 'wait' is time in the queue: it grows where volumes come faster than "
+            "they are processed.",
         )
 
     def middle_mm(self) -> list[float]:
