@@ -75,9 +75,11 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    level = logging.INFO if verbose else logging.WARNING
-    handler = RichHandler(console=err_console, show_path=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=level, format="%(message)s", handlers=[handler])
+    # Our own log alone is shown: other libraries' messages can quote a header, patient included.
+    logging.getLogger().addHandler(logging.NullHandler())
+    log = logging.getLogger("rtfmri")
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    log.addHandler(RichHandler(console=err_console, show_path=False, log_time_format="%H:%M:%S"))
 
 
 @app.command()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom import dcmread
+from pydicom.config import disable_value_validation
 
 from rtfmri.recording import open_recording
 
@@ -75,7 +77,8 @@ def test_a_live_folder_is_followed_while_a_scanner_writes(tmp_path: Path) -> Non
     )
     with reader:
         assert reader.stderr
-        assert "waiting for the first volume" in reader.stderr.readline()
+        while "waiting for the first volume" not in (line := reader.stderr.readline()):
+            assert line, "the run ended before it was ready"
         small = SMALL.replace("40", "12")
         rtfmri("simulate", small, "--to", f"folder:{tmp_path}", "--speed", 100)
         assert reader.stdout
@@ -115,6 +118,22 @@ def test_report_export_and_recover(recording: Path, tmp_path: Path) -> None:
 def test_an_error_is_one_sentence(arguments: list[str], words: str) -> None:
     done = rtfmri(*arguments, expect=1)
     assert words in " ".join(done.stderr.split())
+
+
+def test_other_libraries_log_nothing_of_a_header(tmp_path: Path) -> None:
+    """Bits Stored below Bits Allocated and a name that breaks its rule both make pydicom talk."""
+    folder = tmp_path / "dicom"
+    rtfmri("simulate", SMALL.replace("40", "3"), "--to", f"folder:{folder}", "--speed", 1000)
+    for path in folder.iterdir():
+        dataset = dcmread(path)
+        dataset.BitsStored, dataset.HighBit = 12, 11
+        with disable_value_validation():
+            dataset.PatientName = "Planted^Name" + 64 * "x"
+            dataset.save_as(path)
+    done = rtfmri("-v", "run", folder, "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["summary"]["volumes"] == 3
+    assert "Planted" not in done.stdout + done.stderr
+    assert "ndarray" not in done.stderr
 
 
 def test_cuda_without_a_gpu_says_what_is_missing() -> None:

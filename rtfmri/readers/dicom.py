@@ -201,7 +201,7 @@ def _macro(dataset: pydicom.Dataset, frame: pydicom.Dataset, name: str) -> pydic
 
 def _pixels(dataset: pydicom.Dataset) -> NDArray[Any]:
     try:
-        return pixel_array(dataset, raw=True, view_only=True)
+        return pixel_array(dataset, raw=True)
     except ValueError:
         raise VolumeError("is cut short, or its image does not fit its header") from None
     except RuntimeError:
