@@ -33,7 +33,8 @@ for case in cases(backend, (17, 13, 11)):
 backend.synchronize()
 '
 step machine 20 "$python" -c 'from rtfmri.machine import inspect; print(*inspect(), sep="\n")'
-step tests 200 "$python" -m pytest -q tests/test_moments.py tests/test_roi.py tests/test_kernels.py
+step tests 200 "$python" -m pytest -q tests/test_moments.py tests/test_roi.py tests/test_smoothing.py \
+    tests/test_kernels.py
 step benchmarks 120 "$python" -m benchmarks --device cuda --out "$out"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from rtfmri.backends import Array, Backend, Contrast, Moments, RoiTable, Subtraction
+from rtfmri.stages.smoothing import gaussian_taps
 from rtfmri.volume import VOXEL_DTYPES
 
 from .measure import Call, Clock, gb_per_s, grid_name, statistics_ms, take_turns
@@ -16,6 +17,8 @@ from .measure import Call, Clock, gb_per_s, grid_name, statistics_ms, take_turns
 WINDOW = 20
 _GAIN = 1e-3
 """Weight of the volume that is folded in again and again: too small to make a variance vanish."""
+_SMOOTHING_SIGMA = 1.0
+"""In voxels: a FWHM of 7 mm at voxels of 3 mm."""
 _SCALARS = {"bessel": 1.001, "gain": _GAIN}
 
 
@@ -88,6 +91,10 @@ def cases(backend: Backend, shape: Sequence[int], seed: int = 0) -> Iterator[Cas
     call = partial(do.refresh, ring, baseline, 0, stop)
     yield Case("refresh", "int16", stop, (ring[:, :stop],), part, call)
 
+    taps = tuple(backend.copy(gaussian_taps(_SMOOTHING_SIGMA)) for _ in range(3))
+    scratch, blurred = new(1.0), new(1.0)
+    call = partial(do.smooth, volume, tuple(shape), taps, scratch, blurred)
+    yield Case("smooth", "int16", n, (volume,), (blurred,), call)
     call = partial(do.contrast, other, 60.0, baseline, 80.0, Contrast(*out))
     yield Case("contrast", "-", n, (*other, *baseline), out, call)
     rois = _sphere(backend, shape)

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rtfmri.config import BaselineSettings, Config, ParadigmSettings
+    from rtfmri.config import BaselineSettings, Config, ParadigmSettings, SmoothingSettings
     from rtfmri.paradigm import Event, Paradigm, read_events
     from rtfmri.pipeline import ConditionMaps, Pipeline, Result
     from rtfmri.readers import open_reader
@@ -25,6 +25,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "Result": "pipeline",
     "Session": "session",
+    "SmoothingSettings": "config",
     "Volume": "volume",
     "open_reader": "readers",
     "open_recording": "recording",
@@ -42,6 +43,7 @@ __all__ = [
     "Pipeline",
     "Result",
     "Session",
+    "SmoothingSettings",
     "Volume",
     "open_reader",
     "open_recording",

@@ -38,6 +38,13 @@ class ParadigmSettings(_Settings):
     """Seconds before and after a (delayed) edge of a block in which volumes are left out."""
 
 
+class SmoothingSettings(_Settings):
+    """Spatial smoothing of each volume before anything is compared."""
+
+    fwhm_mm: Annotated[float, Field(ge=0, le=50)] = 0.0
+    """Full width at half maximum of the Gaussian; 0 smooths nothing."""
+
+
 class BaselineSettings(_Settings):
     """What everything is subtracted from."""
 
@@ -64,6 +71,7 @@ class Config(_Settings):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """CPU threads of the kernels; None takes all this process may use."""
     paradigm: ParadigmSettings = ParadigmSettings()
+    smoothing: SmoothingSettings = SmoothingSettings()
     baseline: BaselineSettings = BaselineSettings()
 
     @classmethod

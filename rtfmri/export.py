@@ -41,6 +41,7 @@ _STAGE_TEXTS = {
     "decode": "from the arrival of the last byte to the decoded volume",
     "wait": "from the decoded volume to the start of its processing",
     "upload": "to bring the volume to the device",
+    "smooth": "to smooth the volume, where that is asked for",
     "baseline": "to subtract the baseline and update each condition's mean and variance",
     "roi": "to average the regions and wait for the device",
 }

@@ -14,6 +14,7 @@ from rtfmri.errors import ConfigError, VolumeError
 from rtfmri.paradigm import Paradigm
 from rtfmri.stages.baseline import BaselineStage
 from rtfmri.stages.roi import RoiStage, RoiValue
+from rtfmri.stages.smoothing import SmoothingStage
 from rtfmri.volume import Grid, Volume, unflatten
 
 
@@ -115,9 +116,14 @@ class Pipeline:
         self._deadline_s = config.deadline_s
         self._backend = backend or open_backend(config.device, config.threads)
         self._backend.warm(self.dtype)
+        self._smoothing: SmoothingStage | None = None
+        if config.smoothing.fwhm_mm:
+            self._backend.warm(np.float32)
+            self._smoothing = SmoothingStage(self._backend, grid, config.smoothing.fwhm_mm)
+        compared = np.dtype(np.float32) if self._smoothing else self.dtype
         n_conditions = len(self.paradigm.conditions)
         self._baseline = BaselineStage(
-            self._backend, grid.n_voxels, n_conditions, config.baseline, self.dtype
+            self._backend, grid.n_voxels, n_conditions, config.baseline, compared
         )
         self._roi = RoiStage(self._backend, rois, n_conditions, config.baseline)
 
@@ -139,6 +145,9 @@ class Pipeline:
         members = self.paradigm.members(volume.time_s, volume.tr_s)
         voxels = self._backend.upload(volume.flat)
         uploaded_s = time.perf_counter()
+        if self._smoothing:
+            voxels = self._smoothing.push(voxels)
+        smoothed_s = time.perf_counter()
         self._baseline.push(voxels, members)
         subtracted_s = time.perf_counter()
         roi = self._roi.push(voxels, members)
@@ -154,7 +163,8 @@ class Pipeline:
                 "decode": 1e3 * (volume.decoded_s - volume.arrived_s),
                 "wait": 1e3 * (started_s - volume.decoded_s),
                 "upload": 1e3 * (uploaded_s - started_s),
-                "baseline": 1e3 * (subtracted_s - uploaded_s),
+                "smooth": 1e3 * (smoothed_s - uploaded_s),
+                "baseline": 1e3 * (subtracted_s - smoothed_s),
                 "roi": 1e3 * (done_s - subtracted_s),
             },
             latency_ms=1e3 * (done_s - volume.arrived_s),

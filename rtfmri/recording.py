@@ -37,7 +37,7 @@ from rtfmri.pipeline import ConditionMaps, Pipeline, Result
 from rtfmri.volume import Grid, Volume
 
 FORMAT = "rtfmri-recording-1"
-STAGES = ("decode", "wait", "upload", "baseline", "roi")
+STAGES = ("decode", "wait", "upload", "smooth", "baseline", "roi")
 _MAPS = ("mean", "effect", "psc", "t")
 _NAME = f"S{MAX_NAME_BYTES}"
 _SKIPPED = np.dtype([("before_row", np.int64), ("reason", "S160")])

@@ -315,7 +315,8 @@ def test_sanitizers_see_a_bug(old: str, new: str, complaint: str | None) -> None
 
 
 def test_every_operation_under_sanitizers() -> None:
-    tests = [str(TESTS / name) for name in ("test_moments.py", "test_roi.py")]
+    files = ("test_moments.py", "test_roi.py", "test_smoothing.py")
+    tests = [str(TESTS / name) for name in files]
     # In one order, without the longest: what is read and written does not depend on either.
     chosen = "shuffled and not numba and not 20011 and not thousand"
     done = under_sanitizers(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests])

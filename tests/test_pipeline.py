@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memory import ACTIVE, EVENTS, GRID, TR_S, volumes
-from rtfmri.config import BaselineKind, BaselineSettings, Config
+from rtfmri.config import BaselineKind, BaselineSettings, Config, SmoothingSettings
 from rtfmri.errors import ConfigError, DeviceError, VolumeError
 from rtfmri.paradigm import Event, Paradigm
 from rtfmri.pipeline import Pipeline
@@ -86,6 +86,28 @@ def test_each_volume_is_compared_with_the_baseline_before_it(kind: BaselineKind)
     np.testing.assert_allclose(got["difference"], difference, atol=1e-3)
     np.testing.assert_allclose(got["psc"], 100 * difference / mean, atol=1e-4)
     np.testing.assert_allclose(got["z"], difference / np.sqrt(variance), atol=1e-3)
+
+
+def test_smoothing_comes_before_everything_else() -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    config = Config(device="cpu", smoothing=SmoothingSettings(fwhm_mm=6.0))
+    weights = np.zeros(GRID.shape)
+    weights[4, 4, 3] = 1
+    pipeline = Pipeline(GRID, config, paradigm=PARADIGM, rois={"voxel": weights})
+    sigma = 6.0 / np.sqrt(8 * np.log(2)) / np.array(GRID.voxel_size_mm)
+    series = []
+    for volume in volumes(N):
+        series.append(ndimage.gaussian_filter(volume.data.astype(np.float64), sigma))
+        result = pipeline.push(volume)
+        assert result.roi["voxel"].signal == pytest.approx(series[-1][4, 4, 3], rel=1e-5)
+        assert result.stage_ms["smooth"] > 0
+    active, rest = (
+        np.stack([s for s, m in zip(series, MEMBERS, strict=True) if m == (c,)]) for c in (1, 0)
+    )
+    error = np.sqrt(active.var(0, ddof=1) / len(active) + rest.var(0, ddof=1) / len(rest))
+    t = (active.mean(0) - rest.mean(0)) / error
+    # Errors of 3e-4 in each volume average out in the means; the standard error is about 0.3.
+    np.testing.assert_allclose(pipeline.maps()["tap"].t, t, rtol=2e-3, atol=2e-3)
 
 
 def test_the_active_region_is_found_and_nothing_else() -> None:

@@ -8,14 +8,20 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from memory import ACTIVE, EVENTS, GRID, MemoryReader, volumes
-from rtfmri.config import BaselineSettings, Config
+from rtfmri.config import BaselineSettings, Config, SmoothingSettings
 from rtfmri.errors import RecordingError
 from rtfmri.recording import open_recording, recover
 from rtfmri.session import Session
 
-CONFIG = Config(device="cpu", baseline=BaselineSettings(kind="sliding", window_volumes=8))
+CONFIG = Config(
+    device="cpu",
+    smoothing=SmoothingSettings(fwhm_mm=4.0),
+    baseline=BaselineSettings(kind="sliding", window_volumes=8),
+)
+SIGMA = 4.0 / np.sqrt(8 * np.log(2)) / np.array(GRID.voxel_size_mm)
 ROI = np.zeros(GRID.shape, np.float32)
 ROI[ACTIVE] = 1
 
@@ -53,8 +59,8 @@ def test_a_recording_holds_the_run(tmp_path: Path) -> None:
             assert np.array_equal(given.data, kept.data)
         assert recording.results["index"].tolist() == list(range(40))
         assert recording.members()[:, 1].sum() == session.maps()["tap"].n_volumes
-        signal_values = [v.data[ACTIVE].mean() for v in volumes(40)]
-        np.testing.assert_allclose(recording.roi[:, 0, 0], signal_values, rtol=1e-6)
+        smoothed = [gaussian_filter(v.data.astype(float), SIGMA)[ACTIVE] for v in volumes(40)]
+        np.testing.assert_allclose(recording.roi[:, 0, 0], np.mean(smoothed, (1, 2, 3)), rtol=1e-5)
         assert np.isnan(recording.roi[:2, 0, 1]).all()
         assert same_maps(session, recording.maps())
 

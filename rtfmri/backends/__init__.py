@@ -96,6 +96,29 @@ class Backend(Protocol):
         """Wait until everything asked for has been done."""
         ...
 
+    def smooth(
+        self,
+        volume: Array,
+        shape: tuple[int, int, int],
+        taps: tuple[Array, Array, Array],
+        scratch: Array,
+        out: Array,
+    ) -> None:
+        """Convolve *volume* with a symmetric filter along each axis, edges mirrored.
+
+        Parameters
+        ----------
+        volume : (n_voxels,) int16, uint16 or float32
+            Of a grid of *shape*.
+        shape : (int, int, int)
+            Voxels along x, y, z.
+        taps : three arrays of float32
+            The filters along x, y, z from their middle outwards, (radius + 1,) each.
+        scratch, out : (n_voxels,) float32
+            Overwritten; *out* with the result. Neither may be *volume*.
+        """
+        ...
+
     def subtract(
         self,
         volume: Array,

@@ -293,10 +293,10 @@ class _Report:
         return section(
             "Latency",
             self.figure("latency", drawn, "Latency of each stage and of each volume"),
-            text="Left, how long each stage took; right, the time from each volume's last byte to "
-            "its result, which should stay under the deadline (crosses are late). The axes are "
-            "logarithmic. 'wait' is time in the queue: it grows where volumes come faster than "
-            "they are processed.",
+            text="Left, how long each stage took (p50: half are faster; p99: one in 100 is "
+            "slower); right, the time from each volume's last byte to its result, which should "
+            "stay under the deadline (crosses are late). The axes are logarithmic. 'wait' is time "
+            "in the queue: it grows where volumes come faster than they are processed.",
         )
 
     def middle_mm(self) -> list[float]:

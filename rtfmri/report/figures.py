@@ -242,20 +242,21 @@ def latency(rows: NDArray[Any], deadline_ms: float) -> Figure:
     """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     stages, total, spread = figure.subplots(1, 3, width_ratios=(5, 6, 1.2))
-    names = [*STAGES, "total"]
+    names = [*(stage for stage in STAGES if rows[f"{stage}_ms"].any()), "total"]
     times = [rows["latency_ms" if name == "total" else f"{name}_ms"] for name in names]
     p50, p99 = (np.array([np.percentile(t, p) for t in times]) for p in (50, 99))
     floor = max(1e-3, 0.5 * float(min(p50[p50 > 0], default=1e-3)))
     place = np.arange(len(names))
-    stages.barh(place - 0.19, p50, 0.36, color=_COLOURS[1], label="p50 (half are faster)")
-    stages.barh(place + 0.19, p99, 0.36, color=_COLOURS[5], label="p99 (1 in 100 is slower)")
+    stages.barh(place - 0.19, p50, 0.36, color=_COLOURS[1], label="p50")
+    stages.barh(place + 0.19, p99, 0.36, color=_COLOURS[5], label="p99")
     for bars in stages.containers:
         stages.bar_label(bars, fmt="%.3g", padding=3, size=7.5, color=_INK)
     stages.set(xscale="log", yticks=place, yticklabels=names, xlabel="time (ms)")
     stages.set_xlim(floor, 8 * p99.max())
     stages.invert_yaxis()
     stages.set_title("Each stage", loc="left", size=10, color=_INK)
-    stages.legend(loc="best", fontsize=7.5, frameon=False)
+    # Above the bars, which reach into every corner.
+    stages.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=7.5, frameon=False)
 
     late = rows["deadline_missed"]
     total.scatter(rows["index"][~late], times[-1][~late], s=7, color=_COLOURS[1])

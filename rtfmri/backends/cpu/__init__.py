@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Array, Contrast, Moments, RoiTable, Subtraction
-from rtfmri.backends.cpu import moments, roi
+from rtfmri.backends.cpu import moments, roi, smooth
 from rtfmri.errors import DeviceError
 
 _SMALLEST_SHARE = 4096
@@ -74,6 +74,8 @@ class CpuBackend:
             volume,
             RoiTable(np.zeros(2, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)),
         )
+        one = np.ones(1, np.float32)
+        self.smooth(volume, (2, 1, 1), (one, one, one), self.zeros(2), self.zeros(2))
 
     def synchronize(self) -> None:
         """See `rtfmri.backends.Backend.synchronize`; nothing is ever pending here."""
@@ -135,6 +137,18 @@ class CpuBackend:
         means = np.empty(rois.offsets.size - 1, np.float32)
         roi.roi_means(volume, *rois, means)
         return means
+
+    def smooth(
+        self,
+        volume: Array,
+        shape: tuple[int, int, int],
+        taps: tuple[Array, Array, Array],
+        scratch: Array,
+        out: Array,
+    ) -> None:
+        """See `rtfmri.backends.Backend.smooth`."""
+        share = min(self._share(volume.size), shape[2])
+        smooth.smooth(volume, *shape, *taps, scratch, out, share)
 
     def _share(self, n_voxels: int) -> int:
         return max(1, min(self.threads, n_voxels // _SMALLEST_SHARE))

@@ -10,9 +10,10 @@ from rtfmri.backends import Array, Contrast, Moments, RoiTable, Subtraction
 from rtfmri.backends.cuda._launch import PinnedStaging
 from rtfmri.backends.cuda.moments import MomentsOperations
 from rtfmri.backends.cuda.roi import RoiOperations
+from rtfmri.backends.cuda.smooth import SmoothOperations
 
 
-class CudaBackend(MomentsOperations, RoiOperations):
+class CudaBackend(MomentsOperations, RoiOperations, SmoothOperations):
     """The operations of `rtfmri.backends.Backend` on one NVIDIA GPU.
 
     Everything is queued on one stream, in the order asked for; only `roi_means`, `download`,
@@ -55,6 +56,8 @@ class CudaBackend(MomentsOperations, RoiOperations):
         self.contrast(moments, 2.0, moments, 2.0, Contrast(*out))
         offsets, voxels = (self.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
         self.roi_means(volume, RoiTable(offsets, voxels, self.zeros(1)))
+        tap = self.zeros(1)
+        self.smooth(volume, (1, 1, 1), (tap, tap, tap), self.zeros(1), self.zeros(1))
 
 
 def compile_options(defines: Mapping[str, str]) -> tuple[str, ...]:
