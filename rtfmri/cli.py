@@ -6,7 +6,7 @@ import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,10 @@ from rich.table import Table
 
 from rtfmri import __version__
 from rtfmri.errors import ConfigError, RtfmriError
+
+if TYPE_CHECKING:
+    from rtfmri.pipeline import Result
+    from rtfmri.session import Session
 
 app = typer.Typer(
     help="Real-time fMRI on the GPU: each volume through baseline and subtraction within its TR.",
@@ -120,12 +124,14 @@ def run(
                 _watch(session)
         except KeyboardInterrupt:
             err_console.print("stopped by the operator; closing the recording")
+    if not session.counters.processed:
+        raise typer.Exit(1)
     summary = session.summary()
     if as_json:
         print(json.dumps({"summary": summary}))
     else:
         _show_summary(summary)
-    if out and not as_json:
+    if session.n_recorded and not as_json:
         out_console.print(f"recorded in {out}; next: rtfmri report {out}", highlight=False)
     if session.counters.processed > session.n_recorded and out:
         raise typer.Exit(3)
@@ -138,7 +144,7 @@ def _split_roi(text: str) -> tuple[str, str]:
     return name, file
 
 
-def _result_json(result: Any, session: Any) -> dict[str, Any]:
+def _result_json(result: "Result", session: "Session") -> dict[str, Any]:
     return {
         "index": result.index,
         "time_s": round(result.time_s, 3),
@@ -156,7 +162,7 @@ def _result_json(result: Any, session: Any) -> dict[str, Any]:
     }
 
 
-def _watch(session: Any) -> None:
+def _watch(session: "Session") -> None:
     """Show the run as it goes."""
     from rich.progress import (
         BarColumn,
@@ -189,7 +195,7 @@ def _show_summary(summary: dict[str, Any]) -> None:
     table = Table(title="The run", title_justify="left", show_header=False)
     table.add_row("volumes", str(summary["volumes"]))
     for name, n in summary["conditions"].items():
-        table.add_row(f"  {name}", str(n))
+        table.add_row(f"  {escape(name)}", str(n))
     table.add_row("missing", str(summary["missing"]))
     for reason, n in summary["skipped"].items():
         table.add_row("skipped", f"{n}: {reason}")
@@ -205,9 +211,10 @@ def _show_summary(summary: dict[str, Any]) -> None:
         table.add_column(column)
     for condition, values in summary["contrasts"].items():
         for name, t in values["roi_t"].items():
-            table.add_row(condition, name, f"{t:+.1f}", "")
+            value = "-" if t is None else f"{t:+.1f}"
+            table.add_row(escape(condition), escape(name), value, "")
         place = ", ".join(f"{mm:.0f}" for mm in values["peak_mm"])
-        table.add_row(condition, "peak", f"{values['peak_t']:+.1f}", place)
+        table.add_row(escape(condition), "peak", f"{values['peak_t']:+.1f}", place)
     out_console.print(table)
 
 

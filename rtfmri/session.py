@@ -5,6 +5,7 @@ volumes ready, the caller's thread (who iterates) computes, a writer thread reco
 """
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -191,8 +192,8 @@ class Session:
     def summary(self) -> dict[str, Any]:
         """Return what the run came to, ready for JSON.
 
-        For each condition but the baseline: Welch's t of every region, and the largest t inside
-        the brain with its place in scanner mm.
+        For each condition but the baseline: Welch's t of every region (None where there are too
+        few volumes for one), and the largest t inside the brain with its place in scanner mm.
         """
         from rtfmri.report import peak
 
@@ -200,7 +201,8 @@ class Session:
         if self.pipeline:
             for condition, t in self.pipeline.roi_t().items():
                 peak_t, peak_mm = peak(maps[condition], self.pipeline.grid)
-                contrasts[condition] = {"roi_t": t, "peak_t": peak_t, "peak_mm": peak_mm}
+                roi_t = {name: None if math.isnan(value) else value for name, value in t.items()}
+                contrasts[condition] = {"roi_t": roi_t, "peak_t": peak_t, "peak_mm": peak_mm}
         return {
             "volumes": self.counters.processed,
             "recorded": self.n_recorded,

@@ -1,6 +1,7 @@
 """The command line as a user meets it, in a process of its own."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,12 @@ def test_json_is_a_line_a_volume_and_a_summary(recording: Path, events: Path) ->
         assert peak <= float(run.maps()["tapping"].t.max())
 
 
+def test_names_are_shown_as_they_are(recording: Path, tmp_path: Path) -> None:
+    events = tmp_path / "events.tsv"
+    events.write_text("onset\tduration\ttrial_type\n20\t20\t[bold]tap[/red]\n")
+    assert "[bold]tap[/red]" in rtfmri("run", recording, "--events", events).stdout
+
+
 def test_a_live_folder_is_followed_while_a_scanner_writes(tmp_path: Path) -> None:
     source = f"folder:{tmp_path}?count=12&timeout_s=20"
     reader = subprocess.Popen(
@@ -86,6 +93,21 @@ def test_a_live_folder_is_followed_while_a_scanner_writes(tmp_path: Path) -> Non
     assert reader.returncode == 0
     assert rows[-1]["summary"]["volumes"] == 12
     assert rows[-1]["summary"]["missing"] == 0
+
+
+def test_ctrl_c_ends_a_run_and_closes_its_recording(tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    command = [sys.executable, "-m", "rtfmri", "run", SMALL, "--speed", "20", "--json"]
+    with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        assert json.loads(run.stdout.readline())["index"] == 0
+        run.send_signal(signal.SIGINT)
+        rows = [json.loads(line) for line in run.stdout]
+    assert run.returncode == 0
+    assert rows[-1]["summary"]["volumes"] < 40
+    with open_recording(out) as recording:
+        assert recording.closed
+        assert recording.n_volumes == rows[-1]["summary"]["recorded"]
 
 
 def test_report_export_and_recover(recording: Path, tmp_path: Path) -> None:

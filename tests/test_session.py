@@ -214,4 +214,8 @@ def test_the_summary_is_json(caplog: pytest.LogCaptureFixture) -> None:
     assert summary["volumes"] == 40
     assert summary["conditions"]["tap"] > 10
     assert summary["contrasts"]["tap"]["roi_t"]["m"] > 10
+    with Session(MemoryReader(volumes(5)), events=EVENTS, rois={"m": ROI}, config=CPU) as short:
+        list(short)
+    assert short.summary()["contrasts"]["tap"]["roi_t"] == {"m": None}
+    json.dumps(short.summary(), allow_nan=False)
     assert "9x8x7 voxels" in caplog.text
