@@ -113,9 +113,9 @@ def run(
         tr_s=tr, device=device and device.value
     )
     rois = dict(_split_roi(text) for text in roi or [])
-    with Session(
-        source, events=events, rois=rois, config=settings, out=out, speed=speed
-    ) as session:
+    with err_console.status("preparing the kernels (the first time takes some seconds)"):
+        session = Session(source, events=events, rois=rois, config=settings, out=out, speed=speed)
+    with session:
         try:
             if as_json:
                 for result in session:

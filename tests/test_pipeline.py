@@ -1,8 +1,8 @@
 """The per-TR path against float64, for every kind of baseline."""
 
 import math
-import os
 
+import numba
 import numpy as np
 import pytest
 
@@ -207,7 +207,7 @@ def test_cuda_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_threads_than_there_are_is_refused() -> None:
     with pytest.raises(DeviceError, match="threads must be at most"):
-        Pipeline(GRID, Config(device="cpu", threads=1 + len(os.sched_getaffinity(0))))
+        Pipeline(GRID, Config(device="cpu", threads=1 + numba.config.NUMBA_NUM_THREADS))
 
 
 def test_a_volume_made_by_hand_needs_no_clocks() -> None:

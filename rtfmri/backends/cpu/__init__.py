@@ -35,7 +35,7 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
-        available = min(len(os.sched_getaffinity(0)), numba.config.NUMBA_NUM_THREADS)
+        available = numba.config.NUMBA_NUM_THREADS
         if threads is not None and threads > available:
             raise DeviceError(
                 f"threads must be at most {available} on this machine, got {threads}"
