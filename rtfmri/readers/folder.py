@@ -269,7 +269,6 @@ class LiveFolder:
         """Return the file as a volume, or why it is none; None if it may yet be complete."""
         if name.endswith(SUFFIXES) and self._series not in (None, NIFTI):
             return Skipped(name, OTHER_SERIES)
-        arrived_s = time.perf_counter()
         arrival = self._arrivals[name]
         try:
             volume, series = self._decode(name)
@@ -277,14 +276,15 @@ class LiveFolder:
             if isinstance(error, SourceError) and not self._n_taken:
                 raise
             arrival.problem = str(error)
-            if arrived_s - arrival.since_s > self._patience_s:
+            if time.perf_counter() - arrival.since_s > self._patience_s:
                 return Skipped(name, f"incomplete or no volume: {error}")
             return None
         if self._series not in (None, series):
             return Skipped(name, OTHER_SERIES)
         self._series = series
         self._n_taken += 1
-        return stamped(volume, arrived_s)
+        # Its last byte was there when it was first seen like this, not when it was tried.
+        return stamped(volume, arrival.since_s)
 
     def _decode(self, name: str) -> Decoded:
         path = self._path / name
