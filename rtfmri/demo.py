@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.config import Config
+from rtfmri.config import Config, Device
 from rtfmri.errors import ConfigError
 from rtfmri.export import export_bids
 from rtfmri.pipeline import ConditionMaps
+from rtfmri.readers.simulator import replay_scanner
 from rtfmri.report import peak, write_report
 from rtfmri.session import Session
 from rtfmri.simulator import Scanner, Truth
@@ -103,7 +104,7 @@ class Score:
             least_dice=float(expected),
             roc_area=float(roc_auc_score(active, t)),
             peak_t={name: float(condition.t[mask].max()) for name, mask in truth.regions.items()},
-            peak_mm=peak(condition, grid)[1],
+            peak_mm=peak(condition, grid, brain)[1],
             inactive_t=inactive_t,
             inactive_limit_t=float(stats.t.isf(0.0005, n.sum() - 2)),
         )
@@ -125,7 +126,7 @@ class Demo:
 def run_demo(
     out: str | Path,
     *,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     n_volumes: int = 150,
     shape: tuple[int, int, int] = (64, 64, 36),
     say: Callable[[str], None] = lambda text: None,
@@ -156,21 +157,20 @@ def run_demo(
         )
     out.mkdir(parents=True, exist_ok=True)
     say("building a brain")
-    source = f"simulator:finger-tapping?volumes={n_volumes}&shape={'x'.join(map(str, shape))}"
     scanner = Scanner(n_volumes=n_volumes, shape=shape)
     truth = scanner.truth
     scanner.write_truth(out / "truth")
     rois = {name: truth.regions[name] for name in ("left_hand", "right_hand")}
     rois["inactive"] = truth.inactive
+    say("preparing the kernels (the first time takes some seconds)")
     with Session(
-        source,
+        replay_scanner(scanner, _SPEED),
         events=scanner.events,
         rois=rois,
         config=Config(device=device),
         out=out / "run.h5",
         speed=_SPEED,
     ) as session:
-        say("preparing the kernels (the first time takes some seconds)")
         conditions = []
         for result in session:
             conditions.append(result.conditions)

@@ -195,12 +195,14 @@ class Session:
         For each condition but the baseline: Welch's t of every region (None where there are too
         few volumes for one), and the largest t inside the brain with its place in scanner mm.
         """
-        from rtfmri.report import peak
+        from rtfmri.report import brain_mask, peak
 
         maps, contrasts = self.maps(), {}
-        if self.pipeline:
+        if self.pipeline and len(maps) > 1:
+            grid = self.pipeline.grid
+            brain = brain_mask(maps[self.paradigm.conditions[0]].mean, grid)
             for condition, t in self.pipeline.roi_t().items():
-                peak_t, peak_mm = peak(maps[condition], self.pipeline.grid)
+                peak_t, peak_mm = peak(maps[condition], grid, brain)
                 roi_t = {name: None if math.isnan(value) else value for name, value in t.items()}
                 contrasts[condition] = {"roi_t": roi_t, "peak_t": peak_t, "peak_mm": peak_mm}
         return {

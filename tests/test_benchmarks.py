@@ -5,36 +5,20 @@ import os
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import rtfmri
 from rtfmri.backends import gpu_problem, open_backend
+from rtfmri.cli import load_benchmarks
 from rtfmri.errors import ConfigError, DeviceError
 
 GRIDS = ((6, 5, 4), (8, 4, 4))
 EPS = float(np.finfo(np.float32).eps)
 
 
-def load() -> ModuleType:
-    """Import the benchmarks from where they are: in the installed package or beside it."""
-    name = "rtfmri_benchmarks"
-    if name not in sys.modules:
-        package = Path(rtfmri.__file__).parent
-        inside = package / "_benchmarks"
-        folder = inside if inside.is_dir() else package.parent / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-benchmarks = load()
+benchmarks = load_benchmarks()
 baseline, kernels, latency, measure, tables = (
     importlib.import_module(f"{benchmarks.__name__}.{name}")
     for name in ("baseline", "kernels", "latency", "measure", "tables")

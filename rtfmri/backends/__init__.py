@@ -212,6 +212,22 @@ class Backend(Protocol):
         ...
 
 
+def exercise(backend: Backend, dtype: Any) -> None:
+    """Take one voxel of *dtype* through every operation: what `Backend.warm` does."""
+    volume, ring = backend.upload(np.zeros(1, dtype)), backend.zeros((2, 1), dtype)
+    moments = Moments(backend.zeros(1), backend.zeros(1))
+    out = Subtraction(backend.zeros(1), backend.zeros(1), backend.zeros(1))
+    backend.subtract(volume, moments, out, bessel=0.0, into=None, gain=0.0)
+    backend.fold(volume, moments, gain=1.0)
+    backend.slide(volume, moments, ring, 0, out, bessel=0.0, gain=1.0, full=False)
+    backend.refresh(ring, moments, 0, 1)
+    backend.contrast(moments, 2.0, moments, 2.0, Contrast(*out))
+    offsets, voxels = (backend.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
+    backend.roi_means(volume, RoiTable(offsets, voxels, backend.zeros(1)))
+    tap = backend.zeros(1)
+    backend.smooth(volume, (1, 1, 1), (tap, tap, tap), backend.zeros(1), backend.zeros(1))
+
+
 def gpu_problem() -> str | None:
     """Return why no GPU can be used, or None when one can."""
     try:

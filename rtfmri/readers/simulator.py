@@ -27,6 +27,11 @@ def replay_simulator(
         scanner = Scanner(paradigm, **options)
     except ConfigError as error:
         raise SourceError(str(error)) from error
+    return replay_scanner(scanner, speed)
+
+
+def replay_scanner(scanner: Scanner, speed: float | None) -> Replay:
+    """Return a reader of *scanner*'s run."""
 
     def load(index: int) -> Volume:
         return Volume(scanner.volume(index), scanner.grid, index, scanner.tr_s)

@@ -187,7 +187,7 @@ class _Report:
         """Return baseline, activity and their difference."""
         name = next(iter(self.tested))
         maps = self.maps[name]
-        _, at_mm = peak(maps, self.recording.grid)
+        _, at_mm = peak(maps, self.recording.grid, self.brain)
         images = {"Baseline": self.image(self.mean), f"Activity: {name}": self.image(maps.mean)}
         difference = self.image(maps.effect * self.brain)
         drawn = figures.subtraction(
@@ -206,7 +206,7 @@ class _Report:
 
     def condition(self, name: str, label: str) -> list[str]:
         """Return the blobs of one condition: mosaic, table, viewer."""
-        t, at_mm = peak(self.maps[name], self.recording.grid)
+        t, at_mm = peak(self.maps[name], self.recording.grid, self.brain)
         rows = figures.slices_through(self.brain, self.recording.grid, at_mm)
         t_map = _without_specks(self.image(self.maps[name].t * self.brain))
         drawn = figures.mosaic(self.background, rows, t_map, THRESHOLD_T)
@@ -245,7 +245,7 @@ class _Report:
         for name in self.tested:
             region = active_region(self.maps[name].t, self.brain)
             of = "" if single else f" of {name}"
-            at = _place(peak(self.maps[name], grid)[1])
+            at = _place(peak(self.maps[name], grid, self.brain)[1])
             regions[f"Active: cluster around the peak{of} at {at} mm, {region.sum()} voxels"] = (
                 region
             )

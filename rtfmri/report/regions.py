@@ -41,9 +41,15 @@ def brain_mask(mean: NDArray[Any], grid: Grid) -> Mask:
     return np.asarray(mask, bool)
 
 
-def peak(maps: ConditionMaps, grid: Grid) -> tuple[float, tuple[float, float, float]]:
-    """Return the largest Welch t inside the brain and its place in scanner mm (RAS+)."""
-    brain = brain_mask(maps.mean - maps.effect, grid)
+def peak(
+    maps: ConditionMaps, grid: Grid, brain: Mask | None = None
+) -> tuple[float, tuple[float, float, float]]:
+    """Return the largest Welch t inside the brain and its place in scanner mm (RAS+).
+
+    Without a mask the brain is found in the baseline's mean image, which takes a while.
+    """
+    if brain is None:
+        brain = brain_mask(maps.mean - maps.effect, grid)
     voxel = largest(maps.t, brain)
     x, y, z = (grid.affine @ [*voxel, 1])[:3]
     return float(maps.t[voxel]), (float(x), float(y), float(z))

@@ -93,7 +93,7 @@ class Scanner:
         Seconds between volumes, above 0 and at most 60.
     shape : (int, int, int)
         Voxels along x, y, z, at least 16 x 16 x 8; the voxel size follows from a fixed field of
-        view (3.25 x 3.25 x 3.75 mm by default).
+        view (3.25 x 3.25 x 4 mm by default).
     seed : int
         0 or more.
     motion : bool

@@ -97,16 +97,19 @@ class BaselineStage:
             The conditions it counts for; none at all is fine.
         """
         self.ready = self.conditions[0].n_volumes >= MIN_VOLUMES
-        counted = [condition for condition in members if self._gain(condition) > 0]
-        if self._ring is not None and 0 in counted:
+        sliding = self._ring is not None and 0 in members
+        counted = [
+            (self.conditions[condition], gain)
+            for condition in members
+            if (gain := self._gain(condition)) and not (sliding and condition == 0)
+        ]
+        if sliding:
             self._slide(volume)
-            counted.remove(0)
         else:
-            self._subtract(volume, counted.pop(0) if counted else None)
-        for condition in counted:
-            gain = self._gain(condition)
-            self._backend.fold(volume, self.conditions[condition].moments, gain=gain)
-            self.conditions[condition].count(gain)
+            self._subtract(volume, *(counted.pop(0) if counted else (None, 0.0)))
+        for state, gain in counted:
+            self._backend.fold(volume, state.moments, gain=gain)
+            state.count(gain)
 
     def contrast(self, condition: int) -> Contrast | None:
         """Return effect, PSC and Welch's t of *condition* against the baseline.
@@ -139,10 +142,8 @@ class BaselineStage:
                 return max(1 / n, 2 / (self._settings.window_volumes + 1))
         return 1 / n
 
-    def _subtract(self, volume: Array, condition: int | None) -> None:
+    def _subtract(self, volume: Array, into: ConditionState | None, gain: float) -> None:
         baseline = self.conditions[0]
-        into = None if condition is None else self.conditions[condition]
-        gain = 0.0 if condition is None else self._gain(condition)
         self._backend.subtract(
             volume,
             baseline.moments,

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.backends import Array, Contrast, Moments, RoiTable, Subtraction
+from rtfmri.backends import Array, Contrast, Moments, RoiTable, Subtraction, exercise
 from rtfmri.backends.cpu import moments, roi, smooth
 from rtfmri.errors import DeviceError
 
@@ -61,21 +61,7 @@ class CpuBackend:
 
     def warm(self, dtype: Any) -> None:
         """See `rtfmri.backends.Backend.warm`."""
-        volume = self.zeros(2, dtype)
-        state = Moments(self.zeros(2), self.zeros(2))
-        out = Subtraction(*(self.zeros(2) for _ in range(3)))
-        ring = self.zeros((2, 2), dtype)
-        self.subtract(volume, state, out, bessel=1.0, into=None, gain=0.0)
-        self.fold(volume, state, gain=1.0)
-        self.slide(volume, state, ring, 0, out, bessel=1.0, gain=1.0, full=False)
-        self.refresh(ring, state, 0, 2)
-        self.contrast(state, 2.0, state, 2.0, Contrast(*out))
-        self.roi_means(
-            volume,
-            RoiTable(np.zeros(2, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)),
-        )
-        one = np.ones(1, np.float32)
-        self.smooth(volume, (2, 1, 1), (one, one, one), self.zeros(2), self.zeros(2))
+        exercise(self, dtype)
 
     def synchronize(self) -> None:
         """See `rtfmri.backends.Backend.synchronize`; nothing is ever pending here."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from rtfmri.backends import Array, Contrast, Moments, RoiTable, Subtraction
+from rtfmri.backends import Array, exercise
 from rtfmri.backends.cuda._launch import PinnedStaging
 from rtfmri.backends.cuda.moments import MomentsOperations
 from rtfmri.backends.cuda.roi import RoiOperations
@@ -45,19 +45,7 @@ class CudaBackend(MomentsOperations, RoiOperations, SmoothOperations):
 
     def warm(self, dtype: DTypeLike) -> None:
         """See `rtfmri.backends.Backend.warm`."""
-        # One voxel through every operation also loads the kernels and the transfers.
-        volume, ring = self.upload(np.zeros(1, dtype)), self.zeros((2, 1), dtype)
-        moments = Moments(self.zeros(1), self.zeros(1))
-        out = Subtraction(self.zeros(1), self.zeros(1), self.zeros(1))
-        self.subtract(volume, moments, out, bessel=0.0, into=None, gain=0.0)
-        self.fold(volume, moments, gain=1.0)
-        self.slide(volume, moments, ring, 0, out, bessel=0.0, gain=1.0, full=False)
-        self.refresh(ring, moments, 0, 1)
-        self.contrast(moments, 2.0, moments, 2.0, Contrast(*out))
-        offsets, voxels = (self.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
-        self.roi_means(volume, RoiTable(offsets, voxels, self.zeros(1)))
-        tap = self.zeros(1)
-        self.smooth(volume, (1, 1, 1), (tap, tap, tap), self.zeros(1), self.zeros(1))
+        exercise(self, dtype)
 
 
 def compile_options(defines: Mapping[str, str]) -> tuple[str, ...]:
