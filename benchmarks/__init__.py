@@ -16,7 +16,7 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Device
 from rtfmri.errors import ConfigError
 
-from . import baseline, kernels, latency
+from . import baseline, chain, kernels, latency, motion
 from .measure import open_clock
 from .tables import rich_tables
 
@@ -29,9 +29,17 @@ GRIDS = ((64, 64, 36), (104, 104, 72), (192, 192, 84))
 SUITES = {
     "kernels": "every operation of the backend: time, GB/s, share of the memory bandwidth",
     "baseline": "fused baseline + PSC + z against NumPy; cost per volume from volume 10 to 10,000",
+    "motion": "motion correction against python-rtspm and SimpleITK, smoothing against scipy",
+    "chain": "a volume's whole way, from a mosaic's pixels to the ROIs' values, step by step",
     "latency": "arrival to result in a paced session, with and without recording",
 }
-_RUNNERS = {"kernels": kernels.run, "baseline": baseline.run, "latency": latency.run}
+_RUNNERS = {
+    "kernels": kernels.run,
+    "baseline": baseline.run,
+    "motion": motion.run,
+    "chain": chain.run,
+    "latency": latency.run,
+}
 
 
 def run(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that one visit to a machine with an NVIDIA GPU should do: tests, sanitizers, benchmarks.
-#   benchmarks/gpu_check.sh OUTDIR        logs and JSON go to OUTDIR; under 8 minutes
+#   benchmarks/gpu_check.sh OUTDIR        logs and JSON go to OUTDIR; under 10 minutes
 # Needs a checkout, and numpy, numba, pydantic, cupy, pytest in the Python that $PYTHON names.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_check.sh OUTDIR}" && cd "$1" && pwd) || exit 2
@@ -33,9 +33,10 @@ for case in cases(backend, (17, 13, 11)):
 backend.synchronize()
 '
 step machine 20 "$python" -c 'from rtfmri.machine import inspect; print(*inspect(), sep="\n")'
-step tests 200 "$python" -m pytest -q tests/test_moments.py tests/test_roi.py tests/test_smoothing.py \
+step tests 240 "$python" -m pytest -q tests/test_moments.py tests/test_roi.py tests/test_smoothing.py \
+    tests/test_reslice.py tests/test_motion.py tests/test_quality.py tests/test_slice_timing.py \
     tests/test_kernels.py
-step benchmarks 120 "$python" -m benchmarks --device cuda --out "$out"
+step benchmarks 180 "$python" -m benchmarks --device cuda --out "$out"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 "$python" -c "$once"

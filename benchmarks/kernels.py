@@ -3,22 +3,44 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
-from rtfmri.backends import Array, Backend, Contrast, Moments, RoiTable, Subtraction
+from rtfmri.backends import (
+    POSE_FIELDS,
+    SLICE_FIELDS,
+    Array,
+    Backend,
+    Contrast,
+    Moments,
+    RoiTable,
+    Subtraction,
+    Template,
+)
+from rtfmri.config import Interpolation
+from rtfmri.stages.motion import MotionStage
+from rtfmri.stages.region import copied_to, region_of
 from rtfmri.stages.smoothing import gaussian_taps
 from rtfmri.volume import VOXEL_DTYPES
 
 from .measure import Call, Clock, gb_per_s, grid_name, statistics_ms, take_turns
+from .phantom import Phantom, rigid
 
 WINDOW = 20
 _GAIN = 1e-3
 """Weight of the volume that is folded in again and again: too small to make a variance vanish."""
 _SMOOTHING_SIGMA = 1.0
 """In voxels: a FWHM of 7 mm at voxels of 3 mm."""
+_STEP = 2
+"""Of the smoothing that leaves voxels out."""
+_MOTION = np.array([0.4, -0.3, 0.2, 0.3, -0.2, 0.4])
+"""Of the volume that is resliced and registered, in mm and degrees."""
+N_STEPS = 3
+"""Of a registration; it takes two or three as a rule."""
+_N_BEFORE = 3
+"""Volumes before the newest that slice timing looks at, for the cubic polynomial."""
 _SCALARS = {"bessel": 1.001, "gain": _GAIN}
 
 
@@ -26,8 +48,9 @@ _SCALARS = {"bessel": 1.001, "gain": _GAIN}
 class Case:
     """One operation on arrays of one size.
 
-    ``n`` is the number of voxels it works on (of ROI entries for ``roi_means``), ``reads`` and
-    ``writes`` are the arrays it goes through, each once.
+    ``n`` is the number of voxels it works on (of ROI entries for ``roi_means``, of points for
+    ``register``, of numbers for ``judge``); ``reads`` and ``writes`` are the arrays it goes
+    through, each once.
     """
 
     operation: str
@@ -50,29 +73,52 @@ class Case:
         )
 
 
+class _Arrays:
+    """Random arrays of one size on a backend."""
+
+    def __init__(self, backend: Backend, shape: Sequence[int], seed: int) -> None:
+        self.backend = backend
+        self.shape = (shape[0], shape[1], shape[2])
+        self.n = int(np.prod(shape))
+        self.rng = np.random.default_rng(seed)
+
+    def voxels(self, dtype: DTypeLike, *rows: int) -> Array:
+        """Return volumes of *dtype*."""
+        return self.backend.copy(self.rng.integers(500, 1500, (*rows, self.n)).astype(dtype))
+
+    def near(self, mean: float) -> Array:
+        """Return a map of float32 whose values are around *mean*."""
+        return self.backend.copy(self.rng.normal(mean, mean / 20, self.n).astype(np.float32))
+
+    def moments(self) -> Moments:
+        """Return the moments of volumes."""
+        return Moments(self.near(1000.0), self.near(400.0))
+
+
 def cases(backend: Backend, shape: Sequence[int], seed: int = 0) -> Iterator[Case]:
-    """Yield every operation of *backend* on random volumes of *shape*."""
-    n = int(np.prod(shape))
-    rng = np.random.default_rng(seed)
+    """Yield every operation of *backend* on random volumes of *shape*.
 
-    def voxels(dtype: DTypeLike, *rows: int) -> NDArray[Any]:
-        return rng.integers(500, 1500, (*rows, n)).astype(dtype)
+    `Backend.register` is left out where the grid is too small for it.
+    """
+    arrays = _Arrays(backend, shape, seed)
+    yield from _baseline_cases(arrays)
+    yield from _space_cases(arrays)
+    yield from _quality_cases(arrays)
+    yield from _register_case(backend, arrays.shape)
 
-    def new(mean: float) -> Array:
-        return backend.copy(rng.normal(mean, mean / 20, n).astype(np.float32))
 
-    def moments() -> Moments:
-        return Moments(new(1000.0), new(400.0))
-
-    do: Any = backend  # partial() of a typed method would need its every keyword told apart
-    baseline, other = moments(), moments()
-    out = Subtraction(new(1.0), new(1.0), new(1.0))
+def _baseline_cases(arrays: _Arrays) -> Iterator[Case]:
+    """Yield what keeps moments and compares with them."""
+    do: Any = arrays.backend  # partial() of a typed method would need its every keyword told apart
+    n, near = arrays.n, arrays.near
+    baseline, other = arrays.moments(), arrays.moments()
+    out = Subtraction(near(1.0), near(1.0), near(1.0))
     for dtype in VOXEL_DTYPES:
-        volume = backend.copy(voxels(dtype))
+        volume = arrays.voxels(dtype)
         call = partial(do.subtract, volume, baseline, out, into=baseline, **_SCALARS)
         reads, writes = (volume, *baseline), (*out, *baseline)
         yield Case("subtract + fold", dtype.name, n, reads, writes, call)
-    volume = backend.copy(voxels(np.int16))
+    volume = arrays.voxels(np.int16)
     subtract = partial(do.subtract, volume, baseline, out, **_SCALARS)
     reads = (volume, *baseline)
     yield Case("subtract", "int16", n, reads, out, partial(subtract, into=None))
@@ -82,7 +128,7 @@ def cases(backend: Backend, shape: Sequence[int], seed: int = 0) -> Iterator[Cas
     call = partial(do.fold, volume, other, gain=_GAIN)
     yield Case("fold", "int16", n, (volume, *other), other, call)
 
-    ring = backend.copy(voxels(np.int16, WINDOW))
+    ring = arrays.voxels(np.int16, WINDOW)
     slot = ring[0]
     call = partial(do.slide, volume, baseline, ring, 0, out, full=True, **_SCALARS)
     yield Case("slide", "int16", n, (*reads, slot), (*out, *baseline, slot), call)
@@ -90,19 +136,118 @@ def cases(backend: Backend, shape: Sequence[int], seed: int = 0) -> Iterator[Cas
     part = tuple(array[:stop] for array in baseline)
     call = partial(do.refresh, ring, baseline, 0, stop)
     yield Case("refresh", "int16", stop, (ring[:, :stop],), part, call)
-
-    taps = tuple(backend.copy(gaussian_taps(_SMOOTHING_SIGMA)) for _ in range(3))
-    scratch, blurred = new(1.0), new(1.0)
-    call = partial(do.smooth, volume, tuple(shape), taps, scratch, blurred)
-    yield Case("smooth", "int16", n, (volume,), (blurred,), call)
     call = partial(do.contrast, other, 60.0, baseline, 80.0, Contrast(*out))
     yield Case("contrast", "-", n, (*other, *baseline), out, call)
-    rois = _sphere(backend, shape)
+    rois = _sphere(arrays.backend, arrays.shape)
     entries = rois.voxels.size
     # The voxels it reads are a part of the volume; an array of their size stands for them.
-    stand_in = volume[:entries]
-    call = partial(do.roi_means, volume, rois)
-    yield Case("roi_means", "int16", entries, (stand_in, rois.voxels, rois.weights), (), call)
+    read, means = (volume[:entries], rois.voxels, rois.weights), do.zeros(1, np.float64)
+    call = partial(do.roi_means, volume, rois, means)
+    yield Case("roi_means", "int16", entries, read, (means,), call)
+
+
+def _space_cases(arrays: _Arrays) -> Iterator[Case]:
+    """Yield what changes a volume's voxels, or takes some of them."""
+    do: Any = arrays.backend
+    n, shape = arrays.n, arrays.shape
+    volume, values, out = arrays.voxels(np.int16), arrays.near(1000.0), arrays.near(1.0)
+    taps = tuple(do.copy(gaussian_taps(_SMOOTHING_SIGMA)) for _ in range(3))
+    smooth = partial(do.smooth, volume, shape, taps, arrays.near(1.0))
+    yield Case("smooth", "int16", n, (volume,), (out,), partial(smooth, out))
+    coarse = do.zeros(int(np.prod([-(-size // _STEP) for size in shape])))
+    call = partial(smooth, coarse, step=(_STEP,) * 3)
+    yield Case("smooth, every 2nd voxel", "int16", n, (volume,), (coarse,), call)
+
+    grid = Phantom(shape).grid
+    matrix = np.linalg.inv(grid.affine) @ rigid(_MOTION) @ grid.affine
+    place = do.copy(matrix[:3].ravel())
+    region = copied_to(do, region_of(np.ones(shape, np.bool_)))
+    # The processor goes by runs of voxels, the GPU by single ones.
+    where = (region.runs,) if do.name == "cpu" else (region.sources, region.targets)
+    for interpolation in get_args(Interpolation):
+        moving = values if interpolation == "bspline" else volume
+        call = partial(do.reslice, moving, shape, place, interpolation, region, out)
+        name = f"reslice {interpolation}"
+        yield Case(name, moving.dtype.name, n, (moving, *where), (out,), call)
+    scale = arrays.near(1.0)
+    call = partial(do.gather, values, region, scale, out)
+    yield Case("gather", "float32", n, (values, *where, scale), (out,), call)
+
+    rows = arrays.voxels(np.int16, _N_BEFORE)
+    weights = np.full((_N_BEFORE + 1, shape[2]), 1 / (_N_BEFORE + 1), np.float32)
+    ring, weights = tuple(rows), do.copy(weights)
+    call = partial(do.retime, volume, rows, 0, shape, weights, out)
+    yield Case("retime", "int16", n, (volume, *ring, weights), (ring[0], out), call)
+
+
+def _quality_cases(arrays: _Arrays) -> Iterator[Case]:
+    """Yield what measures how good a volume is."""
+    do: Any = arrays.backend
+    n, n_slices = arrays.n, arrays.shape[2]
+    volume, values, previous = arrays.voxels(np.int16), arrays.near(1000.0), arrays.near(1000.0)
+    slices = do.zeros((n_slices + 1, len(SLICE_FIELDS)), np.float64)
+    call = partial(do.inspect, volume, arrays.shape, slices)
+    yield Case("inspect", "int16", n, (volume,), (slices,), call)
+    sums = do.zeros(2, np.float64)
+    call = partial(do.compare, values, previous, sums)
+    yield Case("compare", "float32", n, (values, previous), (sums,), call)
+    measured = do.zeros(len(POSE_FIELDS) + 2 + slices.size, np.float64)
+    limits = do.copy(np.stack([np.full(measured.size, -1.0), np.full(measured.size, 1.0)]))
+    usable = do.zeros(1)
+    call = partial(do.judge, measured, limits, usable)
+    yield Case("judge", "-", measured.size, (measured, limits), (usable,), call)
+    usable, moments, successive = (
+        do.copy(np.ones(1, np.float32)),
+        arrays.moments(),
+        arrays.near(1.0),
+    )
+    call = partial(
+        do.track,
+        values,
+        previous,
+        moments,
+        successive,
+        usable=usable,
+        gain=_GAIN,
+        successive_gain=_GAIN,
+    )
+    state = (previous, *moments, successive)
+    yield Case("track", "float32", n, (values, *state, usable), state, call)
+
+
+def _register_case(backend: Backend, shape: tuple[int, int, int]) -> Iterator[Case]:
+    """Yield `N_STEPS` steps towards a volume that moved; with no tolerance none is the last.
+
+    So each call fails, and the next begins where it began.
+    """
+    phantom = Phantom(shape)
+    if not MotionStage.possible(phantom.grid):
+        return
+    heard = _Listener(backend)
+    stage = MotionStage(heard, phantom.grid)
+    stage.set_reference(phantom.volume(0, np.zeros(6)).reshape(-1, order="F"))
+    stage.push(backend.copy(phantom.volume(1, _MOTION).reshape(-1, order="F")))
+    call = heard.register_call
+    template: Template = call.args[2]
+    read = (template.points, template.values, template.jacobian) * N_STEPS
+    steps = partial(call.func, *call.args, max_iterations=N_STEPS, tolerance_mm=0.0)
+    yield Case(f"register, {N_STEPS} steps", "-", template.values.size, read, (), steps)
+
+
+class _Listener:
+    """A backend that keeps the last call of `Backend.register`."""
+
+    register_call: "partial[None]"
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def register(self, *args: Any, **kwargs: Any) -> None:
+        self.register_call = partial(self._backend.register, *args, **kwargs)
+        self.register_call()
 
 
 def _sphere(backend: Backend, shape: Sequence[int]) -> RoiTable:

@@ -90,6 +90,43 @@ LAYOUTS = {
             ("memory grown KiB", lambda row: f"{row['memory_growth_bytes'] / 1024:.0f}"),
         ),
     ),
+    "motion": Layout(
+        "Motion correction of the same volumes: error over a sphere of 50 mm, time of a volume",
+        (
+            ("grid", _text("grid")),
+            ("tool", _text("tool")),
+            ("volumes", _number(0, "n_volumes")),
+            ("error rms mm", _number(4, "rms_mm")),
+            ("largest", _number(4, "max_mm")),
+            ("after 6 mm, 6 degrees", _number(4, "jump_mm")),
+            ("with activation", _number(4, "active_mm")),
+            ("estimate ms", _number(2, "estimate_ms")),
+            ("reslice ms", _number(2, "reslice_ms")),
+            ("together ms", _number(2, "together_ms")),
+            ("times ours", _number(1, "times_ours")),
+        ),
+    ),
+    "smoothing": Layout(
+        "Smoothing with FWHM 6 mm, caches cold: ours against scipy.ndimage.gaussian_filter",
+        (
+            ("grid", _text("grid")),
+            ("ms", _number(3, "median_ms")),
+            ("scipy ms", _number(2, "scipy_ms")),
+            ("times", _number(1, "times_faster")),
+        ),
+    ),
+    "chain": Layout(
+        "A volume's whole way, from a mosaic's pixels to the ROIs' values",
+        (
+            ("grid", _text("grid")),
+            ("step", _text("step")),
+            *(
+                (f"{caches} {name}", _number(3, caches, f"{name}_ms"))
+                for caches in ("hot", "cold")
+                for name in ("p50", "p99", "min")
+            ),
+        ),
+    ),
     "latency": Layout(
         "Arrival to result in a session",
         (

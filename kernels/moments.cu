@@ -1,10 +1,12 @@
 // Baseline moments and what is subtracted from them. One thread a voxel, coalesced, each array once.
 #include "moments.cuh"
 
+// usable, in all of these: (1,), 0 leaves the moments as they are.
 // into_mean, into_variance may be mean, variance themselves: hence no __restrict__ on these four.
 extern "C" __global__ void subtract(const Voxel* __restrict__ volume, const float* mean, const float* variance,
                                     float* __restrict__ difference, float* __restrict__ psc, float* __restrict__ z,
-                                    float* into_mean, float* into_variance, float bessel, float gain, int n_voxels)
+                                    float* into_mean, float* into_variance, const float* __restrict__ usable,
+                                    float bessel, float gain, int n_voxels)
 {
     RTFMRI_VOXEL_INDEX(v, n_voxels);
     const float x = (float)volume[v];
@@ -12,7 +14,7 @@ extern "C" __global__ void subtract(const Voxel* __restrict__ volume, const floa
     difference[v] = s.difference;
     psc[v] = s.psc;
     z[v] = s.z;
-    if (gain > 0.0f) {
+    if (gain > 0.0f && usable[0] > 0.0f) {
         const VoxelMoments m = fold_voxel(x, {into_mean[v], into_variance[v]}, gain);
         into_mean[v] = m.mean;
         into_variance[v] = m.variance;
@@ -20,9 +22,11 @@ extern "C" __global__ void subtract(const Voxel* __restrict__ volume, const floa
 }
 
 extern "C" __global__ void fold(const Voxel* __restrict__ volume, float* __restrict__ mean,
-                                float* __restrict__ variance, float gain, int n_voxels)
+                                float* __restrict__ variance, const float* __restrict__ usable, float gain,
+                                int n_voxels)
 {
     RTFMRI_VOXEL_INDEX(v, n_voxels);
+    if (!(usable[0] > 0.0f)) return;
     const VoxelMoments m = fold_voxel((float)volume[v], {mean[v], variance[v]}, gain);
     mean[v] = m.mean;
     variance[v] = m.variance;
@@ -32,18 +36,19 @@ extern "C" __global__ void fold(const Voxel* __restrict__ volume, float* __restr
 extern "C" __global__ void slide(const Voxel* __restrict__ volume, float* __restrict__ mean,
                                  float* __restrict__ variance, Voxel* __restrict__ slot,
                                  float* __restrict__ difference, float* __restrict__ psc, float* __restrict__ z,
-                                 float bessel, float gain, int full, int n_voxels)
+                                 const float* __restrict__ usable, float bessel, float gain, int full, int n_voxels)
 {
     RTFMRI_VOXEL_INDEX(v, n_voxels);
     const Voxel raw = volume[v];
     const float x = (float)raw;
     const VoxelMoments before = {mean[v], variance[v]};
     const VoxelSubtraction s = subtract_voxel(x, before, bessel);
-    const VoxelMoments m = full ? replace_voxel(x, (float)slot[v], before, gain) : fold_voxel(x, before, gain);
-    slot[v] = raw;
     difference[v] = s.difference;
     psc[v] = s.psc;
     z[v] = s.z;
+    if (!(usable[0] > 0.0f)) return;
+    const VoxelMoments m = full ? replace_voxel(x, (float)slot[v], before, gain) : fold_voxel(x, before, gain);
+    slot[v] = raw;
     mean[v] = m.mean;
     variance[v] = m.variance;
 }

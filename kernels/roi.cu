@@ -5,7 +5,7 @@
 
 extern "C" __global__ void roi_means(const Voxel* __restrict__ volume, const int* __restrict__ offsets,
                                      const int* __restrict__ voxels, const float* __restrict__ weights,
-                                     float* __restrict__ means)
+                                     double* __restrict__ means)
 {
     __shared__ double sums[ROI_THREADS];
     const int t = threadIdx.x;
@@ -18,5 +18,5 @@ extern "C" __global__ void roi_means(const Voxel* __restrict__ volume, const int
         if (t < half) sums[t] += sums[t + half];
         __syncthreads();
     }
-    if (t == 0) means[blockIdx.x] = (float)sums[0];
+    if (t == 0) means[blockIdx.x] = sums[0];
 }

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import logging
+import math
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,15 +153,35 @@ def _result_json(result: "Result", session: "Session") -> dict[str, Any]:
         "conditions": result.conditions,
         "roi": {
             name: {
-                "signal": value.signal,
+                "signal": _finite(value.signal),
                 "psc": value.psc if result.baseline_ready else None,
                 "z": value.z if result.baseline_ready else None,
             }
             for name, value in result.roi.items()
         },
+        "motion": result.motion
+        and {
+            "translation_mm": [round(mm, 5) for mm in result.motion.translation_mm],
+            "rotation_deg": [round(deg, 5) for deg in result.motion.rotation_deg],
+            "fd_mm": round(result.motion.fd_mm, 5),
+            "converged": result.motion.converged,
+        },
+        "quality": {
+            "usable": result.quality.usable,
+            "problems": result.quality.problems,
+            "dvars_percent": _finite(result.quality.dvars),
+            "dvars_std": _finite(result.quality.dvars_std),
+            "global_signal": _finite(result.quality.global_signal),
+            "usable_min": round(result.quality.usable_min, 3),
+            "forecast_min": _finite(result.quality.forecast_min),
+        },
         "latency_ms": round(result.latency_ms, 3),
         "recorded": session.n_recorded,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 5)
 
 
 def _watch(session: "Session") -> None:
@@ -185,10 +207,23 @@ def _watch(session: "Session") -> None:
     ) as progress:
         task = progress.add_task("run", total=session.n_volumes, state="waiting for a volume")
         for result in session:
-            what = "+".join(result.conditions) or "transition"
-            values = "  ".join(f"{name} {v.psc:+.2f} %" for name, v in result.roi.items())
-            state = f"{what}  {result.latency_ms:.1f} ms  {values}"
+            state = "  ".join(_state(result))
             progress.update(task, completed=session.counters.processed, state=state)
+
+
+def _state(result: "Result") -> Iterator[str]:
+    """Yield what an operator wants to see of a volume at a glance."""
+    quality = result.quality
+    yield ", ".join(quality.problems) or "+".join(result.conditions) or "transition"
+    if result.motion:
+        yield f"FD {result.motion.fd_mm:.2f} mm"
+    minutes = f"{quality.usable_min:.1f} min usable"
+    if quality.forecast_min:
+        minutes += f", {quality.forecast_min:.1f} to go"
+    yield minutes
+    for name, value in result.roi.items():
+        yield f"{name} {value.psc:+.2f} %"
+    yield f"{result.latency_ms:.1f} ms"
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
@@ -196,6 +231,19 @@ def _show_summary(summary: dict[str, Any]) -> None:
     table.add_row("volumes", str(summary["volumes"]))
     for name, n in summary["conditions"].items():
         table.add_row(f"  {escape(name)}", str(n))
+    quality = summary["quality"]
+    usable = f"{quality['usable']}, {quality['usable_min']:.1f} min"
+    if quality["forecast_min"]:
+        usable += f"; {quality['forecast_min']:.1f} min more to the target"
+    table.add_row("usable", usable)
+    for problem, n in quality["problems"].items():
+        table.add_row(f"  {problem}", str(n))
+    if quality["start_up"]:
+        table.add_row("  start-up", str(quality["start_up"]))
+    fd = quality["fd_mm"]
+    table.add_row("FD mean / max", f"{fd['mean']:.2f} / {fd['max']:.2f} mm")
+    if quality["tsnr_median"]:
+        table.add_row("tSNR, median", f"{quality['tsnr_median']:.0f}")
     table.add_row("missing", str(summary["missing"]))
     for reason, n in summary["skipped"].items():
         table.add_row("skipped", f"{n}: {reason}")

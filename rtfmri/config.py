@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rtfmri.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
+Interpolation = Literal["trilinear", "catmull-rom", "bspline"]
 BaselineKind = Literal["cumulative", "exponential", "sliding", "fixed"]
 
 
@@ -38,11 +39,55 @@ class ParadigmSettings(_Settings):
     """Seconds before and after a (delayed) edge of a block in which volumes are left out."""
 
 
+class SliceTimingSettings(_Settings):
+    """Correction for the slices of a volume being taken one after the other.
+
+    Each slice is interpolated in time to the start of its volume, from the volumes before it: so
+    no result has to wait for the next volume, and what it says is the head's state when the
+    volume began, one TR before its last slice was there.
+    """
+
+    method: Literal["off", "linear", "cubic"] = "off"
+    """linear: between the newest two volumes; cubic: the polynomial through the newest four."""
+
+
+class MotionSettings(_Settings):
+    """Where the head is in each volume, and what is done about it."""
+
+    mode: Literal["correct", "register_only", "off"] = "correct"
+    """correct: estimate and reslice; register_only: estimate, and leave the voxels as they are."""
+    interpolation: Interpolation = "catmull-rom"
+    """How voxels are resliced: trilinear blurs most, bspline least and takes the longest."""
+    reference: Path | None = None
+    """NIfTI image to register to, such as a single-band reference; None takes the first good
+    volume."""
+
+
+class MaskSettings(_Settings):
+    """Which voxels are brain; only these get a baseline and maps."""
+
+    source: Literal["auto", "none"] | Path = "auto"
+    """auto: made from the reference (nilearn's compute_epi_mask); none: all voxels; or a NIfTI
+    file, resampled if its grid differs."""
+
+
 class SmoothingSettings(_Settings):
     """Spatial smoothing of each volume before anything is compared."""
 
     fwhm_mm: Annotated[float, Field(ge=0, le=50)] = 0.0
     """Full width at half maximum of the Gaussian; 0 smooths nothing."""
+    within_mask: bool = False
+    """Whether voxels outside the mask are left out of the Gaussian (normalised convolution:
+    Knutsson & Westin 1993), so that nothing from outside the brain blurs into it."""
+
+
+class QualitySettings(_Settings):
+    """Which volumes are good enough to enter the baseline and the maps."""
+
+    fd_limit_mm: Annotated[float, Field(gt=0)] = 0.5
+    """Framewise displacement (Power 2012, NeuroImage 59:2142) above which a volume is left out."""
+    target_min: Annotated[float, Field(gt=0)] | None = None
+    """Minutes of usable data wanted, for the forecast of when they will be there."""
 
 
 class BaselineSettings(_Settings):
@@ -71,7 +116,11 @@ class Config(_Settings):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """CPU threads of the kernels; None takes all this process may use."""
     paradigm: ParadigmSettings = ParadigmSettings()
+    slice_timing: SliceTimingSettings = SliceTimingSettings()
+    motion: MotionSettings = MotionSettings()
+    mask: MaskSettings = MaskSettings()
     smoothing: SmoothingSettings = SmoothingSettings()
+    quality: QualitySettings = QualitySettings()
     baseline: BaselineSettings = BaselineSettings()
 
     @classmethod

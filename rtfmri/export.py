@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 import rtfmri
 from rtfmri.errors import ConfigError, RecordingError
-from rtfmri.recording import STAGES, Recording, open_recording
+from rtfmri.pipeline import STAGES
+from rtfmri.recording import Recording, open_recording
 from rtfmri.stages.baseline import MIN_VOLUMES
 from rtfmri.volume import Grid
 
@@ -32,6 +33,11 @@ _STATISTICS = {
 }
 """Units and formula; t is Welch's (1947, Biometrika 34:28)."""
 
+_QUALITY = {
+    "tsnr": "mean / standard deviation over the usable volumes",
+    "snr": "mean / sqrt(mean squared difference of successive volumes / 2)",
+}
+
 _ROI_VALUES = {
     "signal": ("weighted mean of the voxels", "arbitrary"),
     "psc": ("the signal against the baseline volumes before this one", "percent"),
@@ -41,9 +47,14 @@ _STAGE_TEXTS = {
     "decode": "from the arrival of the last byte to the decoded volume",
     "wait": "from the decoded volume to the start of its processing",
     "upload": "to bring the volume to the device",
+    "slice_timing": "to interpolate the slices in time, where that is asked for",
+    "motion": "to find where the head is",
+    "reslice": "to bring the brain to where it is in the reference",
     "smooth": "to smooth the volume, where that is asked for",
+    "quality": "to judge the volume",
     "baseline": "to subtract the baseline and update each condition's mean and variance",
-    "roi": "to average the regions and wait for the device",
+    "roi": "to average the regions",
+    "fetch": "to wait for the device and bring the values back",
 }
 
 
@@ -158,6 +169,11 @@ def _contents(recording: Recording) -> dict[str, Any]:
 
     mean = "Mean of the volumes of the baseline condition"
     add_image("desc-baseline_boldref", maps[baseline].mean, Description=mean, Units="arbitrary")
+    quality = recording.quality_maps()
+    brain = "Voxels that have a baseline and maps"
+    add_image("desc-brain_mask", quality["mask"].astype(np.uint8), Description=brain, Type="Brain")
+    for statistic, formula in _QUALITY.items():
+        add_image(f"stat-{statistic}_statmap", quality[statistic], Units="1", Formula=formula)
     for condition, label in bids_labels(others).items():
         if min(maps[condition].n_volumes, maps[baseline].n_volumes) < MIN_VOLUMES:
             _log.warning("no maps of %r: it or the baseline has too few volumes", condition)
@@ -184,7 +200,11 @@ def _contents(recording: Recording) -> dict[str, Any]:
             *((event.onset_s, event.duration_s, event.trial_type) for event in recording.events),
         ]
     rows = recording.results
-    for name, columns in (("feedback", _feedback(recording, rows)), ("timing", _timing(rows))):
+    for name, columns in (
+        ("confounds", _confounds(recording, rows)),
+        ("feedback", _feedback(recording, rows)),
+        ("timing", _timing(rows)),
+    ):
         header = [column for column, *_ in columns]
         rows_of_cells = zip(*(values for _, values, _, _ in columns), strict=True)
         files[f"desc-{name}_timeseries.tsv"] = [header, *rows_of_cells]
@@ -219,6 +239,34 @@ def _feedback(recording: Recording, rows: NDArray[Any]) -> list[_Column]:
         for v, (value, (meaning, units)) in enumerate(_ROI_VALUES.items()):
             text = f"Region {roi}: {meaning}"
             columns.append((f"{label}_{value}", values[:, r, v].tolist(), text, units))
+    return columns
+
+
+def _confounds(recording: Recording, rows: NDArray[Any]) -> list[_Column]:
+    """Return motion and quality under the names that fMRIPrep gives them."""
+    text = "Head {} along {}, against the reference, about the centre of the grid (RAS+)"
+    columns = _position(rows)
+    for axis in "xyz":
+        mm = rows[f"trans_{axis}_mm"].tolist()
+        columns.append((f"trans_{axis}", mm, text.format("translation", axis), "mm"))
+    for axis in "xyz":
+        radians = np.deg2rad(rows[f"rot_{axis}_deg"]).tolist()
+        about = text.format("rotation", axis).replace("along", "about")
+        columns.append((f"rot_{axis}", radians, f"{about}; R = Rz Ry Rx", "rad"))
+    problems = [",".join(words) for words in recording.problems()[: len(rows)]]
+    start_up = np.arange(len(rows)) < recording.n_start_up
+    for name, values, meaning, units in (
+        ("framewise_displacement", rows["fd_mm"], "Power 2012, NeuroImage 59:2142", "mm"),
+        ("rmsd", rows["fd_jenkinson_mm"], "Framewise displacement of Jenkinson 2002", "mm"),
+        ("dvars", rows["dvars"], "In percent of the mean brain signal", "percent"),
+        ("std_dvars", rows["dvars_std"], "Relative to what the run lets expect", "1"),
+        ("global_signal", rows["global_signal"], "Mean of the brain's voxels", "arbitrary"),
+        ("n_slice_outliers", rows["n_slice_outliers"], "Slices too bright or too dark", ""),
+        ("start_up", start_up, "Whether it was before the signal was steady", ""),
+        ("usable", rows["usable"], "Whether the baseline and the maps have it", ""),
+    ):
+        columns.append((name, values.tolist(), meaning, units))
+    columns.append(("problems", problems, "Why not, with commas between", ""))
     return columns
 
 

@@ -1,7 +1,8 @@
 """The per-TR path, in order: one volume in, one result out."""
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,9 +14,29 @@ from rtfmri.config import Config
 from rtfmri.errors import ConfigError, VolumeError
 from rtfmri.paradigm import Paradigm
 from rtfmri.stages.baseline import BaselineStage
-from rtfmri.stages.roi import RoiStage, RoiValue
-from rtfmri.stages.smoothing import SmoothingStage
-from rtfmri.volume import Grid, Volume, unflatten
+from rtfmri.stages.brain import BrainStage
+from rtfmri.stages.mask import brain_mask, load_nilearn
+from rtfmri.stages.motion import MotionStage, MotionValue
+from rtfmri.stages.quality import QualityStage, QualityValue, report_parts
+from rtfmri.stages.region import Mask
+from rtfmri.stages.roi import RoiStage, RoiValue, roi_table
+from rtfmri.stages.slice_timing import SliceTimingStage
+from rtfmri.volume import Grid, Volume
+
+_log = logging.getLogger(__name__)
+
+STAGES = (
+    *("decode", "wait", "upload", "slice_timing", "motion", "reslice", "smooth"),
+    *("quality", "baseline", "roi", "fetch"),
+)
+"""The steps of the path, as `Result.stage_ms` names them."""
+
+MAX_START_UP = 10
+"""Volumes within which the magnetisation has become steady; later, a drop has other reasons."""
+_START_UP_DROP = 0.01, 0.8
+"""By which part of its mean a volume is dimmer than one before the steady state: from 1 % on,
+which is above what breathing and drift do to a whole volume within one TR; a loss of 80 % is a
+fault and no relaxation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +50,21 @@ class Result:
     time_s : float
         Start of its acquisition, in seconds after the start of volume 0.
     conditions : tuple of str
-        The conditions it counted for; empty in a transition.
+        The conditions it counted for; empty in a transition, and if it was not usable.
     roi : dict of str to RoiValue
         One value a region.
+    motion : MotionValue or None
+        Where the head is; None without motion correction.
+    quality : QualityValue
+        How good the volume is, and whether it was usable.
+    begins : bool
+        Whether the run began with this volume: it is the first good one, or the volumes before it
+        turned out to be brighter, of the scanner's start-up, and count for nothing.
     baseline_ready : bool
         Whether there was a baseline to subtract; else PSC and z are nan.
     stage_ms : dict of str to float
-        Time in each step, in the order of the path, in ms.
+        Time in each of `STAGES`, in their order, in ms. On a GPU the steps run on their own; what
+        was waited for at the end is under fetch.
     latency_ms : float
         From the arrival of the volume's last byte to this result, in ms.
     deadline_missed : bool
@@ -46,6 +75,9 @@ class Result:
     time_s: float
     conditions: tuple[str, ...]
     roi: dict[str, RoiValue]
+    motion: MotionValue | None
+    quality: QualityValue
+    begins: bool
     baseline_ready: bool
     stage_ms: dict[str, float]
     latency_ms: float
@@ -57,7 +89,7 @@ class ConditionMaps(NamedTuple):
 
     ``mean`` is its mean image; ``effect`` (scanner units), ``psc`` (percent) and ``t`` (Welch)
     compare it with the baseline, and are 0 for the baseline and while either has fewer than two
-    volumes.
+    volumes. Outside the mask all are 0.
     """
 
     n_volumes: int
@@ -65,6 +97,36 @@ class ConditionMaps(NamedTuple):
     effect: NDArray[np.float32]
     psc: NDArray[np.float32]
     t: NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class _Run:
+    """What begins with the first good volume: all that depends on the reference and the brain."""
+
+    brain: BrainStage
+    quality: QualityStage
+    baseline: BaselineStage
+    roi: RoiStage
+    report: Array
+    roi_means: slice
+    prepare: Callable[[], None] | None = None
+
+
+class _Laps:
+    """The time that each step of one volume takes."""
+
+    def __init__(self, decode_s: float, arrived_s: float) -> None:
+        self.started_s = self._last_s = time.perf_counter()
+        self.ms = dict.fromkeys(STAGES, 0.0)
+        self.ms["decode"] = 1e3 * decode_s
+        self.ms["wait"] = 1e3 * (self.started_s - arrived_s - decode_s)
+
+    def __call__(self, stage: str) -> float:
+        """Count the time since the last call for *stage*; return the time of day of now."""
+        now_s = time.perf_counter()
+        self.ms[stage] += 1e3 * (now_s - self._last_s)
+        self._last_s = now_s
+        return now_s
 
 
 class Pipeline:
@@ -79,7 +141,11 @@ class Pipeline:
     paradigm : Paradigm, optional
         Conditions by time; by default every volume is baseline.
     rois : mapping of str to (x, y, z) array, optional
-        Weights of each region on *grid*; 0 is outside.
+        Weights of each region on *grid*; 0 is outside. Its voxels count as brain.
+    mask : (x, y, z) bool, optional
+        The brain; needed if `MaskSettings.source` is a file, which others read.
+    reference : (x, y, z) array, optional
+        What to register to; needed if `MotionSettings.reference` is a file.
     dtype : dtype
         Of the volumes: int16, uint16 or float32. Kernels for it are compiled here, not later.
     backend : Backend, optional
@@ -88,7 +154,7 @@ class Pipeline:
     Raises
     ------
     ConfigError
-        If a region does not fit the grid or is empty.
+        If a region, mask or reference does not fit the grid, or is empty or missing.
     DeviceError
         If the device cannot be had.
     """
@@ -100,37 +166,43 @@ class Pipeline:
         *,
         paradigm: Paradigm | None = None,
         rois: Mapping[str, NDArray[Any]] | None = None,
+        mask: NDArray[np.bool_] | None = None,
+        reference: NDArray[Any] | None = None,
         dtype: DTypeLike = np.int16,
         backend: Backend | None = None,
     ) -> None:
-        config = config or Config()
-        rois = rois or {}
-        for name, weights in rois.items():
-            if weights.shape != grid.shape:
-                raise ConfigError(
-                    f"ROI {name!r} must have the run's shape {grid.shape}, got {weights.shape}"
-                )
+        self._config = config = config or Config()
+        self._rois = dict(rois or {})
+        _check_images(grid, config, self._rois, mask, reference)
+        roi_table(self._rois)
         self.grid = grid
         self.dtype = np.dtype(dtype)
         self.paradigm = paradigm or Paradigm((), config.paradigm, config.baseline)
-        self._deadline_s = config.deadline_s
         self._backend = backend or open_backend(config.device, config.threads)
-        self._backend.warm(self.dtype)
-        self._smoothing: SmoothingStage | None = None
-        if config.smoothing.fwhm_mm:
-            self._backend.warm(np.float32)
-            self._smoothing = SmoothingStage(self._backend, grid, config.smoothing.fwhm_mm)
-        compared = np.dtype(np.float32) if self._smoothing else self.dtype
-        n_conditions = len(self.paradigm.conditions)
-        self._baseline = BaselineStage(
-            self._backend, grid.n_voxels, n_conditions, config.baseline, compared
-        )
-        self._roi = RoiStage(self._backend, rois, n_conditions, config.baseline)
+        for voxel in {self.dtype, np.dtype(np.float32)}:
+            self._backend.warm(voxel)
+        self._mask, self._reference = mask, reference
+        if mask is None and config.mask.source == "auto":
+            load_nilearn()
+        self._motion = self._new_motion()
+        self._slice_timing: SliceTimingStage | None = None
+        self._run: _Run | None = None
+        self._n_pushed = self._n_start_up = self._n_holes = 0
+        self._level = 0.0
+        self._raw: Array = None
+        self._voxels: Array = None
+        self._brain_voxels: Array = None
+        self._lap = _Laps(0.0, time.perf_counter())
 
     @property
     def device(self) -> str:
         """The backend that executes this pipeline: cpu or cuda."""
         return self._backend.name
+
+    @property
+    def n_start_up(self) -> int:
+        """Volumes before the signal was steady, which count for nothing."""
+        return self._n_start_up
 
     def push(self, volume: Volume) -> Result:
         """Take one volume through all steps.
@@ -138,38 +210,154 @@ class Pipeline:
         Raises
         ------
         VolumeError
-            If shape, position or dtype differ from the run's; the state is as it was before.
+            If shape, position or dtype differ from the run's, or the run has not begun and this
+            volume is no reference to begin with; the state is as it was before.
+        ConfigError
+            At the first volume, if its header lacks what the settings ask for.
         """
-        started_s = time.perf_counter()
+        lap = self._lap = _Laps(volume.decoded_s - volume.arrived_s, volume.arrived_s)
         self._check(volume)
-        members = self.paradigm.members(volume.time_s, volume.tr_s)
-        voxels = self._backend.upload(volume.flat)
-        uploaded_s = time.perf_counter()
-        if self._smoothing:
-            voxels = self._smoothing.push(voxels)
-        smoothed_s = time.perf_counter()
-        self._baseline.push(voxels, members)
-        subtracted_s = time.perf_counter()
-        roi = self._roi.push(voxels, members)
-        self._backend.synchronize()
-        done_s = time.perf_counter()
+        begins = self._begins(volume)
+        if begins:
+            self._begin(volume)
+        run, members = self._run, self.paradigm.members(volume.time_s, volume.tr_s)
+        assert run is not None
+        limits = self._backend.upload(run.quality.limits)
+        self._raw = self._voxels = self._backend.upload(self._patched(volume.flat))
+        lap("upload")
+        if self._slice_timing:
+            self._voxels = self._slice_timing.push(self._raw, volume.index)
+            lap("slice_timing")
+        if run.prepare:
+            run.prepare()
+        else:
+            run.prepare = self._backend.record(self._prepare)
+        run.quality.push(self._brain_voxels, limits)
+        self._lap("quality")
+        run.baseline.push(self._brain_voxels, members, run.quality.usable)
+        self._lap("baseline")
+        run.roi.push(self._brain_voxels, run.report[run.roi_means])
+        self._lap("roi")
+        report = self._backend.fetch(run.report)
+        motion = self._motion.result(report) if self._motion else None
+        quality = run.quality.result(report)
+        self._n_pushed += 1
+        run.baseline.settle(quality.usable)
+        roi = run.roi.compare(report[run.roi_means], members, quality.usable)
+        done_s = self._lap("fetch")
+        counted = members if quality.usable else ()
         return Result(
             index=volume.index,
             time_s=volume.time_s,
-            conditions=tuple(self.paradigm.conditions[c] for c in members),
+            conditions=tuple(self.paradigm.conditions[c] for c in counted),
             roi=roi,
-            baseline_ready=self._baseline.ready,
-            stage_ms={
-                "decode": 1e3 * (volume.decoded_s - volume.arrived_s),
-                "wait": 1e3 * (started_s - volume.decoded_s),
-                "upload": 1e3 * (uploaded_s - started_s),
-                "smooth": 1e3 * (smoothed_s - uploaded_s),
-                "baseline": 1e3 * (subtracted_s - smoothed_s),
-                "roi": 1e3 * (done_s - subtracted_s),
-            },
+            motion=motion,
+            quality=quality,
+            begins=begins,
+            baseline_ready=run.baseline.ready,
+            stage_ms=lap.ms,
             latency_ms=1e3 * (done_s - volume.arrived_s),
-            deadline_missed=done_s - volume.arrived_s > (self._deadline_s or volume.tr_s),
+            deadline_missed=done_s - volume.arrived_s > (self._config.deadline_s or volume.tr_s),
         )
+
+    def _prepare(self) -> None:
+        """Find the head, and bring its brain to where it is in the reference.
+
+        The same operations on the same arrays for every volume: on a GPU, one graph.
+        """
+        run, pose = self._run, None
+        assert run is not None
+        run.quality.inspect(self._raw)
+        self._lap("quality")
+        if self._motion:
+            self._motion.push(self._voxels)
+            self._lap("motion")
+            if self._config.motion.mode == "correct":
+                pose = self._motion.pose
+        run.brain.reslice(self._voxels, pose)
+        self._lap("reslice")
+        self._brain_voxels = run.brain.smooth()
+        self._lap("smooth")
+
+    def _begins(self, volume: Volume) -> bool:
+        """Tell whether the run begins, or begins anew, with this volume.
+
+        The first volumes of a run are too bright, as long as the magnetisation has not met its
+        steady state (T1 relaxation); a volume that is clearly dimmer than the one before it shows
+        that they were.
+        """
+        if self._run and self._n_pushed >= MAX_START_UP:
+            return False
+        level, before = float(np.mean(_finite(volume.data))), self._level
+        self._level = level
+        drop = 1 - level / before if before > 0 else 0.0
+        return self._run is None or _START_UP_DROP[0] < drop < _START_UP_DROP[1]
+
+    def _begin(self, volume: Volume) -> None:
+        """Take *volume* for the first good one: find the brain, and forget what was before."""
+        backend, config = self._backend, self._config
+        data = _finite(volume.data)
+        if data.min() == data.max():
+            raise VolumeError("all voxels are equal, so no run can begin with it")
+        if config.slice_timing.method != "off" and self._slice_timing is None:
+            self._slice_timing = SliceTimingStage(
+                backend,
+                self.grid.shape,
+                volume.tr_s,
+                volume.slice_times_s,
+                config.slice_timing.method,
+                self.dtype,
+            )
+        reference = data if self._reference is None else self._reference
+        brain = BrainStage(backend, self.grid, self._find_brain(reference), config)
+        parts = report_parts(self.grid.shape[2], self._motion is not None)
+        roi_means = slice(parts.slices.stop, parts.slices.stop + len(self._rois))
+        report = backend.zeros(roi_means.stop, np.float64)
+        if self._motion:
+            self._motion.set_reference(reference.reshape(-1, order="F"), report[parts.pose])
+        n_conditions, inside = len(self.paradigm.conditions), brain.mask.reshape(-1, order="F")
+        self._run = _Run(
+            brain,
+            QualityStage(
+                backend,
+                self.grid.shape,
+                brain.n_voxels,
+                config.quality,
+                volume.tr_s,
+                report=report,
+                has_motion=self._motion is not None,
+            ),
+            BaselineStage(backend, brain.n_voxels, n_conditions, config.baseline, np.float32),
+            RoiStage(
+                backend,
+                {name: w.reshape(-1, order="F")[inside] for name, w in self._rois.items()},
+                n_conditions,
+                config.baseline,
+            ),
+            report,
+            roi_means,
+        )
+        self._n_start_up = self._n_pushed
+        self._n_holes = int(np.count_nonzero(~np.isfinite(volume.data)))
+
+    def _find_brain(self, reference: NDArray[Any]) -> Mask:
+        """Return the mask, with all voxels of all regions in it."""
+        mask = np.ones(self.grid.shape, bool, order="F")
+        if self._mask is not None:
+            mask = np.array(self._mask, bool, order="F")
+        elif self._config.mask.source == "auto":
+            mask = brain_mask(reference, self.grid)
+        for weights in self._rois.values():
+            mask |= weights > 0
+        return mask
+
+    def _new_motion(self) -> MotionStage | None:
+        if self._config.motion.mode == "off":
+            return None
+        if not MotionStage.possible(self.grid):
+            _log.warning("motion is not looked at: %s is too small a grid", self.grid)
+            return None
+        return MotionStage(self._backend, self.grid)
 
     def subtraction(self) -> dict[str, NDArray[np.float32]]:
         """Return the newest volume against the baseline before it.
@@ -178,35 +366,102 @@ class Pipeline:
         -------
         dict of str to (x, y, z) float32
             ``difference`` in scanner units, ``psc`` in percent, ``z`` in baseline standard
-            deviations; all 0 while there is no baseline (`Result.baseline_ready`).
+            deviations; all 0 while there is no baseline (`Result.baseline_ready`), and outside
+            the mask. Empty before the run has begun.
         """
-        maps = {name: self._image(m) for name, m in self._baseline.subtraction._asdict().items()}
-        if not self._baseline.ready:
+        if not self._run:
+            return {}
+        baseline = self._run.baseline
+        maps = {name: self._image(m) for name, m in baseline.subtraction._asdict().items()}
+        if not baseline.ready:
             for image in maps.values():
                 image.fill(0)
         return maps
 
     def maps(self) -> dict[str, ConditionMaps]:
-        """Return what the volumes so far say of each condition, the baseline first."""
-        maps = {}
+        """Return what the volumes so far say of each condition, the baseline first.
+
+        Empty before the run has begun.
+        """
+        maps: dict[str, ConditionMaps] = {}
+        if not self._run:
+            return maps
         for i, name in enumerate(self.paradigm.conditions):
-            state = self._baseline.conditions[i]
-            contrast = self._baseline.contrast(i) if i else None
-            flats = contrast or (self._backend.zeros(self.grid.n_voxels),) * 3
+            state = self._run.baseline.conditions[i]
+            contrast = self._run.baseline.contrast(i) if i else None
+            flats = contrast or (self._backend.zeros(self._run.brain.n_voxels),) * 3
             effect, psc, t = (self._image(flat) for flat in flats)
             mean = self._image(state.moments.mean)
             maps[name] = ConditionMaps(state.n_volumes, mean, effect, psc, t)
         return maps
 
+    def quality_maps(self) -> dict[str, NDArray[np.float32]]:
+        """Return the mask (0 or 1), tSNR and SNR of the usable volumes so far, as (x, y, z).
+
+        Empty before the run has begun.
+        """
+        if not self._run:
+            return {}
+        brain = self._run.brain
+        maps = {"mask": np.ones(brain.n_voxels, np.float32), **self._run.quality.maps()}
+        return {name: brain.image(voxels) for name, voxels in maps.items()}
+
     def roi_t(self) -> dict[str, dict[str, float]]:
         """Return Welch's t of the ROI signals, each condition against the baseline."""
-        return {name: self._roi.t(i) for i, name in enumerate(self.paradigm.conditions) if i}
+        conditions = enumerate(self.paradigm.conditions) if self._run else ()
+        return {name: self._run.roi.t(i) for i, name in conditions if i and self._run}
 
-    def _image(self, flat: Array) -> NDArray[np.float32]:
-        return unflatten(self._backend.download(flat), self.grid.shape)
+    def _image(self, voxels: Array) -> NDArray[np.float32]:
+        assert self._run is not None
+        return self._run.brain.image(self._backend.download(voxels))
 
     def _check(self, volume: Volume) -> None:
         if not volume.grid.matches(self.grid):
             raise VolumeError("another shape or position than the run's first volume")
         if volume.data.dtype != self.dtype:
             raise VolumeError("another voxel type than the run's first volume")
+
+    def _patched(self, flat: NDArray[Any]) -> NDArray[Any]:
+        """Return a volume with 0 where it has no number, if the first good one had such holes.
+
+        Some programs write them outside the brain. A volume with more of them is left as it is,
+        for the quality stage to see.
+        """
+        if self._n_holes and np.count_nonzero(~np.isfinite(flat)) <= self._n_holes:
+            return _finite(flat)
+        return flat
+
+
+def _finite(voxels: NDArray[Any]) -> NDArray[Any]:
+    """Return *voxels* with 0 where there is no number."""
+    if voxels.dtype.kind != "f":
+        return voxels
+    finite: NDArray[Any] = np.nan_to_num(voxels, posinf=0.0, neginf=0.0)
+    return finite
+
+
+def _check_images(
+    grid: Grid,
+    config: Config,
+    rois: Mapping[str, NDArray[Any]],
+    mask: NDArray[np.bool_] | None,
+    reference: NDArray[Any] | None,
+) -> None:
+    """Check that every image is there and fits the grid."""
+    images = {f"ROI {name!r}": weights for name, weights in rois.items()}
+    for name, image, source in (
+        ("mask", mask, config.mask.source not in ("auto", "none")),
+        ("reference", reference, config.motion.reference is not None),
+    ):
+        if image is not None:
+            images[name] = image
+        elif source:
+            raise ConfigError(
+                f"{name} must be given as an array, since the settings name a file and a "
+                "Pipeline reads none; use a Session"
+            )
+    for name, image in images.items():
+        if image.shape != grid.shape:
+            raise ConfigError(f"{name} must have the run's shape {grid.shape}, got {image.shape}")
+    if mask is not None and not mask.any():
+        raise ConfigError("mask must have at least one voxel, got none")

@@ -2,14 +2,18 @@
 
 Layout (h5py; every dataset is chunked, every string has a fixed length)::
 
-    /                    attributes: format, tr_s, affine (4, 4), device, conditions, rois, version
+    /                    attributes: format, version, tr_s, affine (4, 4), device, conditions,
+                         rois, slice_times_s (n_slices,) or none
     /volumes             (n, z, y, x), as the scanner sent them; transposed it is (x, y, z)
-    /results             (n,) compound: index, clocks, conditions, latency, one time a stage
+    /results             (n,) compound: index, clocks, conditions, motion, quality, latency, one
+                         time a stage
     /roi                 (n, n_rois, 3) float64: signal, psc, z
     /roi_weights         (n_rois, z, y, x) float32
     /events              (n_events,) compound: onset_s, duration_s, trial_type
     /config              the settings as JSON bytes, uint8
+    /given/mask, reference       (1, z, y, x) what the run was given of these, else (0, z, y, x)
     /maps/mean, effect, psc, t   (n_conditions, z, y, x) float32; /maps/n_volumes (n_conditions,)
+    /maps/mask, tsnr, snr        (z, y, x) float32
     /skipped             (m,) compound: before_row, reason
     /n_complete          (1,) int64: rows of volumes, results and roi that are safe
     /closed              (1,) uint8: 1 once the run has ended and the maps are in
@@ -22,6 +26,7 @@ cut is another matter).
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,12 +38,17 @@ import rtfmri
 from rtfmri.config import Config
 from rtfmri.errors import RecordingError
 from rtfmri.paradigm import MAX_NAME_BYTES, Event, Paradigm
-from rtfmri.pipeline import ConditionMaps, Pipeline, Result
+from rtfmri.pipeline import STAGES, ConditionMaps, Pipeline, Result
+from rtfmri.stages.quality import PROBLEMS
 from rtfmri.volume import Grid, Volume
 
-FORMAT = "rtfmri-recording-1"
-STAGES = ("decode", "wait", "upload", "smooth", "baseline", "roi")
+FORMAT = "rtfmri-recording-2"
 _MAPS = ("mean", "effect", "psc", "t")
+_QUALITY_MAPS = ("mask", "tsnr", "snr")
+MOTION = (*(f"trans_{axis}_mm" for axis in "xyz"), *(f"rot_{axis}_deg" for axis in "xyz"))
+_PROBLEMS = tuple(PROBLEMS)
+_DISPLACEMENT = ("fd_mm", "fd_jenkinson_mm")
+_QUALITY = ("dvars", "dvars_std", "global_signal", "usable_min")
 _NAME = f"S{MAX_NAME_BYTES}"
 _SKIPPED = np.dtype([("before_row", np.int64), ("reason", "S160")])
 _EVENT = np.dtype([("onset_s", np.float64), ("duration_s", np.float64), ("trial_type", _NAME)])
@@ -50,6 +60,11 @@ _RESULT = np.dtype(
         ("arrived_s", np.float64),
         ("conditions", np.uint64),
         ("baseline_ready", np.bool_),
+        ("begins", np.bool_),
+        ("usable", np.bool_),
+        ("problems", np.uint64),
+        *((name, np.float64) for name in (*MOTION, *_DISPLACEMENT, *_QUALITY)),
+        ("n_slice_outliers", np.int64),
         ("deadline_missed", np.bool_),
         ("latency_ms", np.float64),
         *((f"{stage}_ms", np.float64) for stage in STAGES),
@@ -66,7 +81,7 @@ class Recorder:
         Overwritten if it exists: who must not lose a file asks `reserve` first.
     grid, tr_s, dtype
         Of every volume.
-    config, paradigm, rois
+    config, paradigm, rois, mask, reference, slice_times_s
         Of the run; they are written into the file, so that it can be replayed.
     device : str
         What computes the results.
@@ -87,6 +102,9 @@ class Recorder:
         config: Config,
         paradigm: Paradigm,
         rois: Mapping[str, NDArray[Any]] | None = None,
+        mask: NDArray[np.bool_] | None = None,
+        reference: NDArray[np.float32] | None = None,
+        slice_times_s: Sequence[float] | None = None,
         device: str = "cpu",
     ) -> None:
         rois = rois or {}
@@ -104,6 +122,7 @@ class Recorder:
         file.attrs["device"] = np.bytes_(device)
         file.attrs["tr_s"] = tr_s
         file.attrs["affine"] = grid.affine
+        file.attrs["slice_times_s"] = np.array(slice_times_s or (), np.float64)
         file.attrs["conditions"] = _names(self._conditions)
         file.attrs["rois"] = _names(self._rois)
         events = np.array(
@@ -118,10 +137,15 @@ class Recorder:
         weights = self._create("roi_weights", (n_rois, *zyx), np.float32)
         for row, image in enumerate(rois.values()):
             weights[row] = np.asarray(image, np.float32).T
+        for name, given in (("mask", mask), ("reference", reference)):
+            images = np.zeros((0, *zyx)) if given is None else given.T[None]
+            self._create(f"given/{name}", images.shape, np.float32)[...] = images
         self._create("events", events.shape, _EVENT)[:] = events
         self._create("config", settings.shape, np.uint8, rows=settings.size)[:] = settings
         for name in _MAPS:
             self._create(f"maps/{name}", (n_conditions, *zyx), np.float32)
+        for name in _QUALITY_MAPS:
+            self._create(f"maps/{name}", zyx, np.float32, rows=zyx[0])
         self._create("maps/n_volumes", (n_conditions,), np.int64)
         self._n_complete = self._create("n_complete", (1,), np.int64)
         self._closed = self._create("closed", (1,), np.uint8)
@@ -135,6 +159,18 @@ class Recorder:
         row["arrived_s"] = volume.arrived_s
         row["conditions"] = sum(1 << self._conditions.index(c) for c in result.conditions)
         row["baseline_ready"] = result.baseline_ready
+        row["begins"], row["usable"] = result.begins, result.quality.usable
+        row["problems"] = sum(1 << _PROBLEMS.index(problem) for problem in result.quality.problems)
+        for name in _QUALITY:
+            row[name] = getattr(result.quality, name)
+        row["n_slice_outliers"] = result.quality.n_slice_outliers
+        for name in (*MOTION, *_DISPLACEMENT):
+            row[name] = np.nan
+        if result.motion:
+            for name, value in zip(MOTION, result.motion.parameters, strict=True):
+                row[name] = value
+            for name in _DISPLACEMENT:
+                row[name] = getattr(result.motion, name)
         row["deadline_missed"] = result.deadline_missed
         row["latency_ms"] = result.latency_ms
         for stage in STAGES:
@@ -146,10 +182,14 @@ class Recorder:
         """Write down that something arrived and was not used."""
         self._skip(self.n_volumes, reason)
 
-    def close(self, maps: Mapping[str, ConditionMaps]) -> None:
+    def close(
+        self, maps: Mapping[str, ConditionMaps], quality: Mapping[str, NDArray[Any]]
+    ) -> None:
         """Write the run's maps, mark the recording as whole, and close it."""
-        for row, condition in enumerate(self._conditions):
-            values = maps[condition]
+        for name, image in quality.items():
+            self._file[f"maps/{name}"][...] = image.T
+        for condition, values in maps.items():
+            row = self._conditions.index(condition)
             for name in _MAPS:
                 self._file[f"maps/{name}"][row] = getattr(values, name).T
             self._file["maps/n_volumes"][row] = values.n_volumes
@@ -199,6 +239,10 @@ class Recording:
     conditions, roi_names : tuple of str
         The baseline condition first.
     events : tuple of Event
+    slice_times_s : tuple of float or None
+    mask : (x, y, z) bool or None
+    reference : (x, y, z) float32 or None
+        Where the run was given them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -217,6 +261,10 @@ class Recording:
         self.config = Config(**json.loads(self._file["config"][:].tobytes()))
         self.conditions = tuple(name.decode() for name in attributes["conditions"])
         self.roi_names = tuple(name.decode() for name in attributes["rois"])
+        self.slice_times_s = tuple(attributes["slice_times_s"].tolist()) or None
+        mask = self._given("mask")
+        self.mask = None if mask is None else mask > 0
+        self.reference = self._given("reference")
         self.events = tuple(
             Event(float(onset), float(duration), name.decode())
             for onset, duration, name in self._file["events"][:].tolist()
@@ -252,6 +300,13 @@ class Recording:
         """One row a volume, (n_volumes,), with the fields that the module describes."""
         return np.asarray(self._rows("results")[: self.n_volumes])
 
+    def problems(self) -> list[tuple[str, ...]]:
+        """Return what was wrong with each volume, in the words of `QualityValue.problems`."""
+        return [
+            tuple(problem for i, problem in enumerate(_PROBLEMS) if bits >> i & 1)
+            for bits in self.results["problems"].tolist()
+        ]
+
     @property
     def roi(self) -> NDArray[np.float64]:
         """Signal, psc and z of each region, (n_volumes, n_rois, 3)."""
@@ -268,9 +323,19 @@ class Recording:
         return [(int(row), reason.decode()) for row, reason in self._rows("skipped")[:].tolist()]
 
     def members(self) -> NDArray[np.bool_]:
-        """Tell which volume counted for which condition, (n_volumes, n_conditions)."""
-        bits = np.arange(len(self.conditions), dtype=np.uint64)
-        return (self.results["conditions"][:, None] >> bits & np.uint64(1)).astype(bool)
+        """Tell which volume counted for which condition, (n_volumes, n_conditions).
+
+        What came before the run began (start-up volumes) counted for none.
+        """
+        bits, rows = np.arange(len(self.conditions), dtype=np.uint64), self.results
+        members = (rows["conditions"][:, None] >> bits & np.uint64(1)).astype(bool)
+        members[: self.n_start_up] = False
+        return members
+
+    @property
+    def n_start_up(self) -> int:
+        """Volumes before the last one with which the run began."""
+        return int(np.flatnonzero(self.results["begins"]).max(initial=0))
 
     def volume(self, row: int) -> Volume:
         """Return the volume in *row*, from 0 to n_volumes - 1, as it was recorded."""
@@ -281,6 +346,7 @@ class Recording:
             int(entry["index"]),
             self.tr_s,
             acquired_s=None if np.isnan(entry["acquired_s"]) else float(entry["acquired_s"]),
+            slice_times_s=self.slice_times_s,
         )
 
     def volumes(self) -> Iterator[Volume]:
@@ -295,16 +361,27 @@ class Recording:
             config,
             paradigm=Paradigm(self.events, config.paradigm, config.baseline),
             rois=self.roi_weights,
+            mask=self.mask,
+            reference=self.reference,
             dtype=self._file["volumes"].dtype,
         )
+
+    def _given(self, name: str) -> NDArray[np.float32] | None:
+        images = self._file[f"given/{name}"]
+        return images[0].T if len(images) else None
+
+    @cached_property
+    def _replayed(self) -> Pipeline:
+        """The pipeline after all volumes, for a run that did not end properly."""
+        pipeline = self.pipeline(device="cpu")
+        for volume in self.volumes():
+            pipeline.push(volume)
+        return pipeline
 
     def maps(self) -> dict[str, ConditionMaps]:
         """Return each condition's maps; of a run that did not end properly, by replaying it."""
         if not self.closed:
-            pipeline = self.pipeline(device="cpu")
-            for volume in self.volumes():
-                pipeline.push(volume)
-            return pipeline.maps()
+            return self._replayed.maps()
         counts = self._file["maps/n_volumes"][:]
         return {
             condition: ConditionMaps(
@@ -312,6 +389,12 @@ class Recording:
             )
             for i, condition in enumerate(self.conditions)
         }
+
+    def quality_maps(self) -> dict[str, NDArray[np.float32]]:
+        """Return mask, tSNR and SNR, (x, y, z); 0 where there is none."""
+        if not self.closed:
+            return self._replayed.quality_maps()
+        return {name: self._file[f"maps/{name}"][...].T for name in _QUALITY_MAPS}
 
 
 def open_recording(path: str | Path) -> Recording:
@@ -369,6 +452,9 @@ def recover(path: str | Path, out: str | Path) -> int:
             config=broken.config,
             paradigm=pipeline.paradigm,
             rois=broken.roi_weights,
+            mask=broken.mask,
+            reference=broken.reference,
+            slice_times_s=broken.slice_times_s,
             device=broken.device,
         )
         for volume, row, roi in zip(broken.volumes(), broken.results, broken.roi, strict=False):
@@ -376,7 +462,7 @@ def recover(path: str | Path, out: str | Path) -> int:
             recorder._append(volume.data.T, row, roi)
         for before_row, reason in broken.skipped:
             recorder._skip(before_row, reason)
-        recorder.close(pipeline.maps())
+        recorder.close(pipeline.maps(), pipeline.quality_maps())
         return recorder.n_volumes
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import open_backend
@@ -23,8 +24,9 @@ from rtfmri.errors import ConfigError, SourceError, VolumeError
 from rtfmri.paradigm import Event, Paradigm, read_events
 from rtfmri.pipeline import ConditionMaps, Pipeline, Result
 from rtfmri.readers import Reader, Skipped, open_reader
-from rtfmri.readers.nifti import read_roi
+from rtfmri.readers.nifti import read_mask, read_reference, read_roi
 from rtfmri.recording import Recorder, reserve
+from rtfmri.stages.mask import load_nilearn
 from rtfmri.timing import LatencyHistogram
 from rtfmri.volume import VOXEL_DTYPES, Volume
 
@@ -41,13 +43,17 @@ class Counters:
 
     ``arrived`` counts volumes and everything else the reader met; each is ``processed`` or
     ``skipped`` (by reason). ``missing`` volumes never came although later ones did;
-    ``missed_deadlines`` counts results that came late.
+    ``missed_deadlines`` counts results that came late. Of the processed volumes, ``start_up`` came
+    before the magnetisation was steady, and ``unusable`` ones had ``problems`` (by kind).
     """
 
     arrived: int = 0
     processed: int = 0
     missing: int = 0
     missed_deadlines: int = 0
+    start_up: int = 0
+    unusable: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
 
 
@@ -108,6 +114,7 @@ class Session:
         for name, image in self._rois.items():
             if isinstance(image, str | Path) and not Path(image).is_file():
                 raise ConfigError(f"ROI {name!r}: no such file: {image}")
+        self._mask_file, self._reference_file = _files(self._config)
         if isinstance(source, str):
             source = open_reader(source, tr_s=self._config.tr_s, speed=speed)
         self._reader = source
@@ -115,12 +122,17 @@ class Session:
         self._backend = open_backend(self._config.device, self._config.threads)
         for dtype in VOXEL_DTYPES:
             self._backend.warm(dtype)
+        if self._config.mask.source == "auto":
+            load_nilearn()
         if self._out:
             reserve(self._out)
         self.counters = Counters()
         self.latency = LatencyHistogram()
         self.pipeline: Pipeline | None = None
         self._newest_index = -1
+        self._problems: tuple[str, ...] = ()
+        self._last: Result | None = None
+        self._fd_mm = self._fd_max_mm = 0.0
         self._tr_s = 0.0
         self._late = False
         self._writer: _Writer | None = None
@@ -181,7 +193,7 @@ class Session:
             except queue.Empty:
                 continue
         if self._writer and self.pipeline:
-            self._writer.close(self.pipeline.maps())
+            self._writer.close(self.pipeline.maps(), self.pipeline.quality_maps())
         elif self._out:
             self._out.unlink(missing_ok=True)
 
@@ -195,12 +207,12 @@ class Session:
         For each condition but the baseline: Welch's t of every region (None where there are too
         few volumes for one), and the largest t inside the brain with its place in scanner mm.
         """
-        from rtfmri.report import brain_mask, peak
+        from rtfmri.report import peak
 
         maps, contrasts = self.maps(), {}
         if self.pipeline and len(maps) > 1:
             grid = self.pipeline.grid
-            brain = brain_mask(maps[self.paradigm.conditions[0]].mean, grid)
+            brain = self.pipeline.quality_maps()["mask"] > 0
             for condition, t in self.pipeline.roi_t().items():
                 peak_t, peak_mm = peak(maps[condition], grid, brain)
                 roi_t = {name: None if math.isnan(value) else value for name, value in t.items()}
@@ -212,10 +224,27 @@ class Session:
             "missing": self.counters.missing,
             "skipped": dict(self.counters.skipped),
             "missed_deadlines": self.counters.missed_deadlines,
+            "quality": self._quality_summary(),
             "latency_ms": {f"p{p}": self.latency.percentile_ms(p) for p in (50, 95, 99)},
             "device": self.pipeline.device if self.pipeline else None,
             "contrasts": contrasts,
         }
+
+    def _quality_summary(self) -> dict[str, Any]:
+        """Return how good the run is: counts, minutes, FD in mm, DVARS in percent, median tSNR."""
+        n = self.counters.processed
+        summary: dict[str, Any] = {
+            "usable": n - self.counters.unusable - self.counters.start_up,
+            "usable_min": self._last.quality.usable_min if self._last else 0.0,
+            "forecast_min": self._last.quality.forecast_min if self._last else None,
+            "start_up": self.counters.start_up,
+            "problems": dict(self.counters.problems),
+            "fd_mm": {"mean": self._fd_mm / max(n, 1), "max": self._fd_max_mm},
+        }
+        if self.pipeline and self.counters.processed:
+            tsnr = self.pipeline.quality_maps()["tsnr"]
+            summary["tsnr_median"] = float(np.median(tsnr[tsnr > 0])) if tsnr.any() else None
+        return summary
 
     def _read_all(self) -> None:
         try:
@@ -264,11 +293,19 @@ class Session:
             name: read_roi(image, first.grid) if isinstance(image, str | Path) else image
             for name, image in self._rois.items()
         }
+        mask = None if self._mask_file is None else read_mask(self._mask_file, first.grid)
+        reference = (
+            None
+            if self._reference_file is None
+            else read_reference(self._reference_file, first.grid)
+        )
         pipeline = Pipeline(
             first.grid,
             self._config,
             paradigm=self.paradigm,
             rois=rois,
+            mask=mask,
+            reference=reference,
             dtype=first.data.dtype,
             backend=self._backend,
         )
@@ -281,6 +318,9 @@ class Session:
                 config=self._config,
                 paradigm=self.paradigm,
                 rois=rois,
+                mask=mask,
+                reference=reference,
+                slice_times_s=first.slice_times_s,
                 device=pipeline.device,
             )
             # Nothing is lost if a replay waits for the disk; a scanner does not wait.
@@ -296,12 +336,32 @@ class Session:
             _log.warning("%d volume(s) missing before volume %d", missing, result.index)
         self._newest_index = result.index
         self.counters.processed += 1
+        self._judge(result)
         self.latency.add(result.latency_ms)
         if result.deadline_missed:
             self.counters.missed_deadlines += 1
             level = logging.DEBUG if self._late else logging.WARNING
             _log.log(level, "volume %d: late, %.0f ms", result.index, result.latency_ms)
         self._late = result.deadline_missed
+
+    def _judge(self, result: Result) -> None:
+        """Count what is wrong with a volume; say it when it begins and when it ends."""
+        self._last = result
+        quality = result.quality
+        if result.begins and self.counters.processed > 1:
+            self.counters.start_up = self.counters.processed - 1
+            self.counters.unusable = 0
+            self.counters.problems.clear()
+            _log.info("volume %d: the signal is steady now, the run begins", result.index)
+        if result.motion:
+            self._fd_mm += result.motion.fd_mm
+            self._fd_max_mm = max(self._fd_max_mm, result.motion.fd_mm)
+        self.counters.problems.update(quality.problems)
+        self.counters.unusable += not quality.usable
+        if quality.problems != self._problems:
+            what = ", ".join(quality.problems) or "usable again"
+            _log.warning("volume %d: %s", result.index, what)
+        self._problems = quality.problems
 
     def _skip(self, name: str, reason: str) -> None:
         self.counters.skipped[reason] += 1
@@ -333,8 +393,10 @@ class _Writer:
     def skip(self, reason: str) -> None:
         self._jobs.put(lambda: self._recorder.skip(reason))
 
-    def close(self, maps: Mapping[str, ConditionMaps]) -> None:
-        self._jobs.put(lambda: self._recorder.close(maps))
+    def close(
+        self, maps: Mapping[str, ConditionMaps], quality: Mapping[str, NDArray[np.float32]]
+    ) -> None:
+        self._jobs.put(lambda: self._recorder.close(maps, quality))
         self._jobs.put(None)
         self._thread.join()
 
@@ -351,3 +413,13 @@ class _Writer:
                     self.n_recorded,
                     error,
                 )
+
+
+def _files(config: Config) -> tuple[Path | None, Path | None]:
+    """Return the files of mask and reference that the settings name."""
+    source, reference = config.mask.source, config.motion.reference
+    mask = source if isinstance(source, Path) else None
+    for name, path in (("mask.source", mask), ("motion.reference", reference)):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{name} must be a file, or be left out; no such file: {path}")
+    return mask, reference

@@ -12,6 +12,7 @@ Clocks
     ``acquired_s`` is the scanner's own time of day, in seconds since its midnight.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,9 @@ class Volume:
         Time between volumes in seconds.
     acquired_s : float or None
         Scanner's time of day of this volume in seconds since midnight, where the header has it.
+    slice_times_s : tuple of float, or None
+        Acquisition start of each slice along the third axis, in seconds after the volume's, where
+        the header has them.
     arrived_s, decoded_s : float
         `time.perf_counter` when its last byte was here, and when it became this object; both now
         by default.
@@ -112,7 +116,7 @@ class Volume:
     Raises
     ------
     VolumeError
-        If dtype, memory order, shape, index or TR break the rules above.
+        If dtype, memory order, shape, index, TR or slice times break the rules above.
     """
 
     data: NDArray[Any]
@@ -120,6 +124,7 @@ class Volume:
     index: int
     tr_s: float
     acquired_s: float | None = None
+    slice_times_s: tuple[float, ...] | None = None
     arrived_s: float = field(default_factory=time.perf_counter)
     decoded_s: float = field(default_factory=time.perf_counter)
 
@@ -135,6 +140,16 @@ class Volume:
             raise VolumeError(f"index must be 0 or more, got {self.index}")
         if not self.tr_s > 0:
             raise VolumeError(f"tr_s must be above 0, got {self.tr_s}")
+        if self.slice_times_s is not None:
+            if len(self.slice_times_s) != self.grid.shape[2]:
+                raise VolumeError(
+                    f"slice_times_s must have one time for each of {self.grid.shape[2]} slices, "
+                    f"got {len(self.slice_times_s)}"
+                )
+            if not all(0 <= time_s < math.inf for time_s in self.slice_times_s):
+                raise VolumeError(
+                    f"slice_times_s must be finite and 0 or more, got {self.slice_times_s}"
+                )
 
     @property
     def flat(self) -> NDArray[Any]:
@@ -157,6 +172,20 @@ def as_voxels(array: NDArray[Any]) -> NDArray[Any]:
         fits = dtype.kind in "iub" and dtype.itemsize == 1
         dtype = np.dtype(np.int16) if fits else np.dtype(np.float32)
     return np.asfortranarray(array, dtype=dtype)
+
+
+def as_slice_times(times_s: Sequence[float | None], n_slices: int) -> tuple[float, ...] | None:
+    """Return a header's slice times as a volume's, rounded to microseconds.
+
+    Returns
+    -------
+    slice_times_s : tuple of float, or None
+        None if they are not one for each slice, or cannot be times, or are all 0, which headers
+        have where nothing is known.
+    """
+    known = [round(float(time_s), 6) for time_s in times_s if time_s is not None]
+    usable = len(known) == len(times_s) == n_slices and all(0 <= t < math.inf for t in known)
+    return tuple(known) if usable and any(known) else None
 
 
 def unflatten(flat: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:

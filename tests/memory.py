@@ -3,9 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from rtfmri.config import Config, MaskSettings, MotionSettings
 from rtfmri.paradigm import Event
 from rtfmri.readers import Skipped
 from rtfmri.volume import Grid, Volume
@@ -27,6 +29,12 @@ def volumes(n: int, *, seed: int = 0, dtype: type = np.int16, grid: Grid = GRID)
             data[ACTIVE] += 30
         made.append(Volume(np.asfortranarray(data, dtype=dtype), grid, i, TR_S))
     return made
+
+
+def plain(**settings: Any) -> Config:
+    """Settings of a run on the CPU whose voxels are compared as they come, all of them."""
+    motion, mask = MotionSettings(mode="off"), MaskSettings(source="none")
+    return Config(**{"device": "cpu", "motion": motion, "mask": mask, **settings})
 
 
 class MemoryReader:

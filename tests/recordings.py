@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.config import Config
+from memory import plain
 from rtfmri.paradigm import Event, Paradigm
 from rtfmri.pipeline import Pipeline
 from rtfmri.recording import Recorder
@@ -61,7 +61,7 @@ def record(
     **settings: Any,
 ) -> Pipeline:
     """Process and record a run; *broken* leaves the file as a killed process does."""
-    config = Config(device="cpu", **settings)
+    config = plain(**settings)
     paradigm = Paradigm(events, config.paradigm, config.baseline)
     first = run[0]
     pipeline = Pipeline(first.grid, config, paradigm=paradigm, rois=rois, dtype=first.data.dtype)
@@ -81,7 +81,7 @@ def record(
         recorder.skip(reason)
     if broken:
         shutil.copy(growing, path)
-    recorder.close(pipeline.maps())
+    recorder.close(pipeline.maps(), pipeline.quality_maps())
     if not broken:
         growing.rename(path)
     return pipeline

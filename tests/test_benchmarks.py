@@ -1,7 +1,9 @@
 import importlib
 import importlib.util
+import io
 import json
 import os
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -10,19 +12,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rtfmri.backends import gpu_problem, open_backend
+from rtfmri.backends import POSE_FIELDS, Backend, gpu_problem, open_backend
 from rtfmri.cli import load_benchmarks
 from rtfmri.errors import ConfigError, DeviceError
+from rtfmri.pipeline import STAGES
+from rtfmri.stages.smoothing import SmoothingStage
 
-GRIDS = ((6, 5, 4), (8, 4, 4))
+GRIDS = ((16, 16, 12), (20, 18, 14))
 EPS = float(np.finfo(np.float32).eps)
 
 
 benchmarks = load_benchmarks()
-baseline, kernels, latency, measure, tables = (
+baseline, chain, kernels, latency, measure, motion, phantom, tables = (
     importlib.import_module(f"{benchmarks.__name__}.{name}")
-    for name in ("baseline", "kernels", "latency", "measure", "tables")
+    for name in (
+        *("baseline", "chain", "kernels", "latency"),
+        *("measure", "motion", "phantom", "tables"),
+    )
 )
+PEERS = motion.PEERS
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +38,9 @@ def short():
     """Let the suites do little: what they tell is not looked at for its size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baseline, "FLAT_AT", (10, 20, 30))
+        patch.setattr(chain, "N_PUSHES", 3)
+        patch.setattr(motion, "MOST_VOLUMES", 3)
+        patch.setattr(motion, "PEERS", (motion.Tool("absent", "no_such_package", None),))
         patch.setattr(latency, "N_VOLUMES", 12)
         patch.setattr(latency, "PACE_S", 0.002)
         patch.setattr(measure, "HOT_TURN", 2)
@@ -45,8 +56,8 @@ def report(short):
 def test_every_suite_gives_rows_for_every_grid(report):
     assert report["device"] == "cpu"
     assert set(report["tables"]) == set(tables.LAYOUTS)
-    grids = {"6x5x4", "8x4x4"}
-    for name in ("kernels", "baseline", "latency"):
+    grids = {"16x16x12", "20x18x14"}
+    for name in ("kernels", "baseline", "motion", "smoothing", "chain", "latency"):
         assert {row["grid"] for row in report["tables"][name]} == grids
     assert [row["baseline"] for row in report["tables"]["flat"]] == [
         "cumulative",
@@ -89,7 +100,7 @@ def test_only_the_suites_asked_for_run_and_progress_is_told(short):
         device="cpu", grids=GRIDS[:1], suites=["latency"], progress=steps.append, rounds=1
     )
     assert list(report["tables"]) == ["latency"]
-    assert steps == ["latency, 6x5x4"]
+    assert steps == ["latency, 16x16x12"]
 
 
 def test_latency_is_skipped_with_its_reason_without_h5py(monkeypatch):
@@ -112,7 +123,10 @@ def test_cuda_without_a_gpu_is_refused():
         benchmarks.run(device="cuda", grids=GRIDS[:1], suites=["kernels"])
 
 
-# What the contract in rtfmri.backends makes of int16, float32 and int32: reads + writes.
+# What the contract in rtfmri.backends makes of int16, float32, int32 and float64 on a grid of
+# 24 x 22 x 14: reads + writes.
+N_PLANE, N_VOXELS, N_ENTRIES, N_MEASURED = 24 * 22, 24 * 22 * 14, 160, 14 + 2 + 4 * 15
+RUN = 12 / 24
 BYTES_PER_VOXEL = {
     ("subtract + fold", "int16"): 2 + 8 + 12 + 8,
     ("subtract + fold", "uint16"): 2 + 8 + 12 + 8,
@@ -122,16 +136,27 @@ BYTES_PER_VOXEL = {
     ("fold", "int16"): 2 + 8 + 8,
     ("slide", "int16"): 2 + 8 + 2 + 12 + 8 + 2,
     ("refresh", "int16"): 20 * 2 + 8,
-    ("smooth", "int16"): 2 + 4,
     ("contrast", "-"): 16 + 12,
-    ("roi_means", "int16"): 2 + 4 + 4,
+    ("roi_means", "int16"): 2 + 4 + 4 + 8 / N_ENTRIES,
+    ("smooth", "int16"): 2 + 4,
+    ("smooth, every 2nd voxel", "int16"): 2 + 4 / 8,
+    ("reslice trilinear", "int16"): 2 + RUN + 4,
+    ("reslice catmull-rom", "int16"): 2 + RUN + 4,
+    ("reslice bspline", "float32"): 4 + RUN + 4,
+    ("gather", "float32"): 4 + RUN + 4 + 4,
+    ("retime", "int16"): 2 + 3 * 2 + 4 * 4 / N_PLANE + 2 + 4,
+    ("inspect", "int16"): 2 + 15 * 4 * 8 / N_VOXELS,
+    ("compare", "float32"): 4 + 4 + 2 * 8 / N_VOXELS,
+    ("judge", "-"): 8 + 16 + 4 / N_MEASURED,
+    ("track", "float32"): 5 * 4 + 4 / N_VOXELS + 4 * 4,
+    ("register, 3 steps", "-"): 3 * (12 + 4 + 28),
 }
 
 
 def test_bytes_per_voxel_are_the_contracts():
-    cases = list(kernels.cases(open_backend("cpu"), (8, 6, 5)))
+    cases = list(kernels.cases(open_backend("cpu"), (24, 22, 14)))
     found = {(case.operation, case.dtype): case.moved_bytes / case.n for case in cases}
-    assert found == BYTES_PER_VOXEL
+    assert found == pytest.approx(BYTES_PER_VOXEL)
 
 
 def test_bytes_held_are_those_of_the_arrays_that_the_backend_gets():
@@ -143,6 +168,8 @@ def test_bytes_held_are_those_of_the_arrays_that_the_backend_gets():
 
         def __getattr__(self, name):
             operation = getattr(self._backend, name)
+            if name == "name":
+                return operation
 
             def note(*args, **kwargs):
                 given[:] = [*args, *kwargs.values()]
@@ -152,7 +179,7 @@ def test_bytes_held_are_those_of_the_arrays_that_the_backend_gets():
 
     n_checked = 0
     for case in kernels.cases(Spy(), (8, 6, 5)):
-        if case.operation in ("slide", "refresh", "roi_means", "smooth"):
+        if case.operation.startswith(("slide", "refresh", "roi", "smooth", "reslice", "gather")):
             continue  # these get more than they go through
         case.call()
         arrays = {}
@@ -162,13 +189,33 @@ def test_bytes_held_are_those_of_the_arrays_that_the_backend_gets():
                     arrays[part.ctypes.data] = part.nbytes
         assert case.held_bytes == sum(arrays.values())
         n_checked += 1
-    assert n_checked == 7
+    assert n_checked == 12
 
 
 def test_every_operation_of_the_protocol_is_measured():
-    operations = {"subtract", "fold", "slide", "refresh", "contrast", "roi_means", "smooth"}
-    cases = kernels.cases(open_backend("cpu"), (8, 6, 5))
-    assert {case.operation.split(" ")[0] for case in cases} == operations
+    around = {"upload", "copy", "download", "fetch", "zeros", "warm", "synchronize", "record"}
+    operations = {name for name in vars(Backend) if not name.startswith("_")} - around
+    cases = kernels.cases(open_backend("cpu"), (24, 22, 14))
+    assert {re.split("[ ,]", case.operation)[0] for case in cases} == operations
+
+
+def test_registration_that_is_timed_takes_its_steps_at_each_call_anew():
+    *_, case = kernels.cases(open_backend("cpu"), (24, 22, 14))
+    pose = case.call.args[3]
+    fields = []
+    for _ in range(2):
+        case.call()
+        fields.append(dict(zip(POSE_FIELDS, pose.fields.tolist(), strict=False)))
+    assert fields[0] == fields[1]
+    assert fields[0]["n_iterations"] == kernels.N_STEPS
+    assert fields[0]["converged"] == 0
+
+
+def test_a_grid_too_small_for_motion_has_no_register():
+    names = {case.operation for case in kernels.cases(open_backend("cpu"), (7, 6, 5))}
+    assert not {name for name in names if name.startswith("register")}
+    rows = motion.compare_correctors(open_backend("cpu"), (7, 6, 5))
+    assert rows == [{"skipped": "7x6x5 is too small a grid"}]
 
 
 def test_numpy_peers_do_what_the_fused_pass_does():
@@ -300,3 +347,143 @@ def test_newest_report_of_each_machine_is_the_one_shown(tmp_path):
 def test_readme_holds_the_tables_that_its_results_make():
     text = (tables.FOLDER / "README.md").read_text(encoding="utf-8")
     assert text == tables.readme(text, tables.newest_reports(tables.FOLDER / "results"))
+
+
+def test_phantom_is_sampled_where_the_head_moved():
+    head = phantom.Phantom((24, 24, 14))
+    size_x_mm = head.grid.voxel_size_mm[0]
+    at_rest = head.signal(np.zeros(6))
+    shifted = head.signal(np.array([2 * size_x_mm, 0, 0, 0, 0, 0]))
+    # Places differ by a rounding of 100 mm in float64, and the steepest edge has 1000 a mm.
+    np.testing.assert_allclose(shifted[2:], at_rest[:-2], rtol=EPS, atol=1e-9)
+    turned = head.signal(np.array([0, 0, 0, 0, 0, 90.0]))
+    # Counter-clockwise about z: what was at (x, y) is at (-y, x).
+    np.testing.assert_allclose(np.rot90(turned, axes=(1, 0)), at_rest, rtol=EPS, atol=1e-9)
+    assert at_rest.std() > 200
+    assert at_rest[0].max() < 0.01  # the head ends within the field of view
+
+
+def test_phantom_volume_is_signal_and_noise_of_its_index_and_seed():
+    head = phantom.Phantom((24, 24, 14))
+    volume = head.volume(3, np.zeros(6))
+    assert volume.dtype == np.int16
+    assert volume.flags.f_contiguous
+    np.testing.assert_array_equal(volume, head.volume(3, np.zeros(6)))
+    signal = head.signal(np.zeros(6))
+    bright = signal > 500
+    noise = volume[bright] - signal[bright]
+    # 2000 voxels tell a standard deviation to 2 %; 15 is the noise of voxels this large or more.
+    assert bright.sum() > 2000
+    assert noise.std() == pytest.approx(15, rel=0.08)
+    other = head.volume(4, np.zeros(6))[bright] - signal[bright]
+    assert abs(np.corrcoef(noise, other)[0, 1]) < 0.1
+    assert np.abs(phantom.Phantom((24, 24, 14), seed=1).signal(np.zeros(6)) - signal).max() > 100
+
+
+def test_phantom_activation_is_four_percent_in_its_middle_and_one_sided():
+    head = phantom.Phantom((64, 64, 36))
+    rest = head.signal(np.zeros(6))
+    active = head.signal(np.zeros(6), active=True)
+    change = np.divide(active, rest, where=rest > 500, out=np.ones_like(rest)) - 1
+    # The nearest voxel is 1.5 mm off the middle along each axis at most, of a blob of 13 mm.
+    assert change.max() == pytest.approx(phantom.ACTIVATION, rel=0.05)
+    assert change[:32].max() < 1e-4
+
+
+def test_motion_of_the_phantom_stays_within_its_limits():
+    motion_of_head = phantom.walk(40)
+    assert not motion_of_head[0].any()
+    np.testing.assert_allclose(np.abs(motion_of_head).max(axis=0), 1)
+    jumps = phantom.jumps()
+    np.testing.assert_allclose(np.linalg.norm(jumps[:, :3], axis=1), 6)
+    np.testing.assert_allclose(np.linalg.norm(jumps[:, 3:], axis=1), 6)
+
+
+def test_rigid_has_the_convention_of_the_simulator():
+    # Truth.motion: Rz Ry Rx. x first: (0, 1, 0) goes to z, then about y to x, then about z to y.
+    turned = phantom.rigid(np.array([1, 2, 3, 90, 90, 90.0]))
+    np.testing.assert_allclose(turned @ [0, 1, 0, 1], [1, 3, 3, 1], atol=1e-12)
+
+
+def test_deviation_is_the_root_mean_square_over_a_ball():
+    rng = np.random.default_rng(0)
+    a, b = (phantom.rigid(motion_of) for motion_of in rng.uniform(-3, 3, (2, 6)))
+    points = rng.uniform(-50, 50, (400_000, 3))
+    points = points[np.linalg.norm(points, axis=1) <= 50]
+    moved = [points @ t[:3, :3].T + t[:3, 3] for t in (a @ np.linalg.inv(b), np.eye(4))]
+    by_points = np.sqrt(((moved[0] - moved[1]) ** 2).sum(axis=1).mean())
+    # 2e5 points: the mean square is known to 0.2 %.
+    assert phantom.deviation_mm(a, b) == pytest.approx(by_points, rel=5e-3)
+    assert phantom.deviation_mm(a, a) < 1e-9
+
+
+def test_motion_rows_hold_what_they_compare_and_say_which_peer_is_missing(report):
+    for grid in ("16x16x12", "20x18x14"):
+        ours, absent = (row for row in report["tables"]["motion"] if row["grid"] == grid)
+        assert ours["tool"] == "rtfmri"
+        assert ours["n_volumes"] == 3
+        # Voxels of 10 mm and more: a tenth of the motion there is, not zero.
+        assert 0 < ours["rms_mm"] <= ours["max_mm"] < 0.5
+        assert ours["jump_mm"] < 1.5
+        assert ours["together_ms"] == ours["estimate_ms"] + ours["reslice_ms"]
+        assert ours["times_ours"] == 1
+        assert absent["tool"] == "no_such_package is not installed"
+        assert tables.cells("motion", [absent])[0][2:] == ["-"] * 9
+
+
+@pytest.mark.parametrize("package", ["rtspm", "SimpleITK"])
+def test_peers_find_the_motion_that_is_there(package):
+    pytest.importorskip(package)
+    head, moved = phantom.Phantom((32, 32, 18)), np.array([0.8, -0.5, 0.6, 0.9, -0.7, 1.0])
+    reference, volume = head.volume(0, np.zeros(6)), head.volume(1, moved)
+    peers = [peer for peer in PEERS if peer.package == package]
+    assert len(peers) == 2
+    for peer in peers:
+        corrector = peer.make(head.grid, reference)
+        corrector.load(volume)
+        corrector.estimate()
+        corrector.reslice()
+        # A tenth of the motion: voxels of 6 mm, twice as large as they are made for.
+        assert phantom.deviation_mm(corrector.transform(), phantom.rigid(moved)) < 0.17
+
+
+def test_smoothing_is_compared_with_what_gives_the_same(report):
+    gaussian_filter = pytest.importorskip("scipy.ndimage").gaussian_filter
+    head = phantom.Phantom((20, 18, 14))
+    volume, backend = head.volume(0, np.zeros(6)), open_backend("cpu")
+    sigmas = motion.FWHM_MM / np.sqrt(8 * np.log(2)) / np.array(head.grid.voxel_size_mm)
+    by_scipy = gaussian_filter(volume, sigmas, output=np.float32, mode="reflect", truncate=4.0)
+    stage = SmoothingStage(backend, head.grid, motion.FWHM_MM)
+    ours = stage.push(volume.reshape(-1, order="F")).reshape(volume.shape, order="F")
+    # A weighted mean of values to 2000, over 3 axes of at most 5 taps.
+    np.testing.assert_allclose(ours, by_scipy, atol=2000 * 15 * EPS)
+    for row in report["tables"]["smoothing"]:
+        assert row["times_faster"] == pytest.approx(row["scipy_ms"] / row["median_ms"])
+
+
+def test_chain_takes_a_mosaic_apart_as_the_reader_does():
+    volume = np.arange(6 * 5 * 7, dtype=np.int16).reshape((6, 5, 7), order="F")
+    mosaic = chain.tiled(volume)
+    assert mosaic.shape == (15, 18)
+    np.testing.assert_array_equal(chain.taken_apart(mosaic, volume.shape), volume)
+    assert chain.taken_apart(mosaic, volume.shape).flags.f_contiguous
+    dicom = pytest.importorskip("rtfmri.readers.dicom")
+    simulated = importlib.import_module("rtfmri.simulator.dicom")
+    grid = phantom.Phantom(volume.shape).grid
+    dataset = simulated.mosaic_dataset(volume, grid, index=0, tr_s=1.0, series_uid="1.2.3")
+    np.testing.assert_array_equal(dataset.pixel_array, mosaic)
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    np.testing.assert_array_equal(dicom.decode(file.getvalue()).volume.data, volume)
+
+
+def test_chain_tells_every_step_and_the_total(report):
+    for grid in ("16x16x12", "20x18x14"):
+        rows = {row["step"]: row for row in report["tables"]["chain"] if row["grid"] == grid}
+        assert {"decode", "motion", "reslice", "smooth", "baseline", "roi", "total"} <= set(rows)
+        for caches in ("hot", "cold"):
+            steps = [row[caches] for step, row in rows.items() if step in STAGES]
+            total = rows["total"][caches]
+            assert total["min_ms"] <= total["p50_ms"] <= total["p99_ms"]
+            assert max(step["p50_ms"] for step in steps) <= total["p99_ms"]
+            assert sum(step["min_ms"] for step in steps) <= total["p99_ms"]

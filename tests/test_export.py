@@ -56,7 +56,7 @@ def test_a_dataset_says_what_made_it(func: Path) -> None:
 
 def test_names_are_bids_and_every_file_has_its_sidecar(func: Path) -> None:
     names = sorted(path.name for path in func.iterdir())
-    assert len(names) == 2 * (1 + 3 + 2) + 1 + 2 * 2  # images, events, two tables
+    assert len(names) == 2 * (4 + 3 + 2) + 1 + 3 * 2  # images, events, three tables
     for name in names:
         assert BIDS_NAME.fullmatch(name), name
         stem = name.removesuffix(".nii.gz").removesuffix(".tsv")
@@ -183,7 +183,7 @@ def test_monitoring_is_called_rest(tmp_path: Path) -> None:
     recordings.record(tmp_path / "r.h5", recordings.volumes(5), events=())
     names = {path.name for path in export_bids(tmp_path / "r.h5", tmp_path / "out")}
     assert "sub-01_task-rest_desc-baseline_boldref.nii.gz" in names
-    assert not [name for name in names if "statmap" in name or "events" in name]
+    assert not [name for name in names if "contrast" in name or "events" in name]
 
 
 @pytest.mark.parametrize("values", [{"subject": "sub-01"}, {"task": "finger tapping"}])

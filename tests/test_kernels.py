@@ -138,7 +138,7 @@ def test_sources_need_no_include_path() -> None:
 def roi_mean(source: str, order: str) -> float:
     """Run ``roi_means`` on 4096 ones in one ROI, whose mean is 1."""
     ones, voxels = np.ones(4096, np.float32), np.arange(4096, dtype=np.int32)
-    mean = np.zeros(1, np.float32)
+    mean = np.zeros(1)
     kernel = Module(source, {"RTFMRI_VOXEL": "float"}, order=order).get_function("roi_means")
     kernel((1,), (256,), (ones, np.array([0, 4096], np.int32), voxels, ones / 4096, mean))
     return float(mean[0])
@@ -178,12 +178,13 @@ def test_two_barriers_for_one_are_reported() -> None:
 )
 def test_a_parameter_of_the_wrong_type_is_refused(wrong: object) -> None:
     kernel = Module(cuda_source("moments.cu"), {"RTFMRI_VOXEL": "short"}).get_function("fold")
-    volume, state = np.zeros(8, np.int16), np.zeros(8, np.float32)
-    kernel((1,), (32,), (volume, state, state.copy(), np.float32(0.5), np.int32(8)))
+    volume, state, usable = np.zeros(8, np.int16), np.zeros(8, np.float32), np.ones(1, np.float32)
+    arrays = (state, state.copy(), usable)
+    kernel((1,), (32,), (volume, *arrays, np.float32(0.5), np.int32(8)))
     with pytest.raises(TypeError, match="fold: parameters are"):
-        kernel((1,), (32,), (volume, state, state.copy(), wrong, np.int32(8)))
+        kernel((1,), (32,), (volume, *arrays, wrong, np.int32(8)))
     with pytest.raises(TypeError, match="fold: parameters are"):
-        kernel((1,), (32,), (state, state, state.copy(), np.float32(0.5), np.int32(8)))
+        kernel((1,), (32,), (state, *arrays, np.float32(0.5), np.int32(8)))
 
 
 PLACES = """
@@ -259,7 +260,7 @@ import numpy as np
 from cuda_on_cpu import Module
 source = sys.stdin.read()
 kernel = Module(source, {"RTFMRI_VOXEL": "short"}).get_function("fold")
-state = [np.zeros(1000, np.float32) for _ in range(2)]
+state = [np.zeros(1000, np.float32) for _ in range(2)] + [np.ones(1, np.float32)]
 kernel((4,), (256,), (np.zeros(1000, np.int16), *state, np.float32(1), np.int32(1000)))
 print("no complaint")
 """
@@ -315,7 +316,8 @@ def test_sanitizers_see_a_bug(old: str, new: str, complaint: str | None) -> None
 
 
 def test_every_operation_under_sanitizers() -> None:
-    files = ("test_moments.py", "test_roi.py", "test_smoothing.py")
+    families = ("moments", "quality", "reslice", "roi", "slice_timing", "smoothing")
+    files = [f"test_{family}.py" for family in (*families, "smoothing_mask")]
     tests = [str(TESTS / name) for name in files]
     # In one order, without the longest: what is read and written does not depend on either.
     chosen = "shuffled and not numba and not 20011 and not thousand"

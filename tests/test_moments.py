@@ -384,3 +384,31 @@ def test_cuda_gives_the_bits_of_numba(backend: Backend, dtype: str) -> None:
     wanted = every_operation(open_backend("cpu"), volumes)
     for got, array in zip(every_operation(backend, volumes), wanted, strict=True):
         np.testing.assert_array_equal(got, array, strict=True)
+
+
+# --- volumes that are not usable
+
+
+@pytest.mark.parametrize("value", [1500.0, np.nan])
+def test_a_volume_that_is_not_usable_is_compared_and_leaves_no_trace(
+    backend: Backend, value: float
+) -> None:
+    volumes = a_run("float32", 8, 300)
+    refused, accepted = (backend.copy(np.full(1, flag, np.float32)) for flag in (0, 1))
+    moments, other = fold_all(backend, volumes, cumulative(8)), new_moments(backend, 300)
+    ring, out = backend.copy(volumes.copy()), new_out(backend, 300)
+    before = on_host(backend, (*moments, *other, ring))
+    bad = backend.upload(np.full(300, value, np.float32))
+    scalars = {"bessel": 8 / 7, "gain": 1 / 9}
+    backend.subtract(bad, moments, out, into=moments, usable=refused, **scalars)
+    difference = backend.download(out.difference)
+    np.testing.assert_array_equal(difference, np.float32(value) - before[0])
+    backend.subtract(bad, moments, out, into=other, usable=refused, **scalars)
+    backend.fold(bad, moments, gain=1 / 9, usable=refused)
+    backend.slide(bad, moments, ring, 0, out, full=True, usable=refused, **scalars)
+    np.testing.assert_array_equal(backend.download(out.difference), difference)
+    backend.slide(bad, moments, ring, 0, out, full=False, usable=refused, **scalars)
+    for was, now in zip(before, on_host(backend, (*moments, *other, ring)), strict=True):
+        np.testing.assert_array_equal(was, now)
+    backend.fold(bad, moments, gain=1 / 9, usable=accepted)
+    assert not np.array_equal(before[0], backend.download(moments.mean))

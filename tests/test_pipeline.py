@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import pytest
 
-from memory import ACTIVE, EVENTS, GRID, TR_S, volumes
+from memory import ACTIVE, EVENTS, GRID, TR_S, plain, volumes
 from rtfmri.config import BaselineKind, BaselineSettings, Config, SmoothingSettings
 from rtfmri.errors import ConfigError, DeviceError, VolumeError
 from rtfmri.paradigm import Event, Paradigm
@@ -46,9 +46,7 @@ def reference_moments(
 def run(kind: BaselineKind, dtype: type = np.int16) -> tuple[Pipeline, np.ndarray]:
     made = volumes(N, dtype=dtype)
     settings = BaselineSettings(kind=kind, window_volumes=WINDOW)
-    pipeline = Pipeline(
-        GRID, Config(device="cpu", baseline=settings), paradigm=PARADIGM, dtype=dtype
-    )
+    pipeline = Pipeline(GRID, plain(baseline=settings), paradigm=PARADIGM, dtype=dtype)
     for volume in made:
         pipeline.push(volume)
     return pipeline, np.stack([v.data for v in made]).astype(np.float64)
@@ -90,7 +88,7 @@ def test_each_volume_is_compared_with_the_baseline_before_it(kind: BaselineKind)
 
 def test_smoothing_comes_before_everything_else() -> None:
     ndimage = pytest.importorskip("scipy.ndimage")
-    config = Config(device="cpu", smoothing=SmoothingSettings(fwhm_mm=6.0))
+    config = plain(smoothing=SmoothingSettings(fwhm_mm=6.0))
     weights = np.zeros(GRID.shape)
     weights[4, 4, 3] = 1
     pipeline = Pipeline(GRID, config, paradigm=PARADIGM, rois={"voxel": weights})
@@ -124,7 +122,7 @@ def test_roi_values_are_those_of_the_mean_signal() -> None:
     weights[ACTIVE] = np.random.default_rng(1).random(weights[ACTIVE].shape) + 0.5
     made = volumes(N)
     signal = np.array([(v.data * weights).sum() / weights.sum() for v in made])
-    pipeline = Pipeline(GRID, Config(device="cpu"), paradigm=PARADIGM, rois={"motor": weights})
+    pipeline = Pipeline(GRID, plain(), paradigm=PARADIGM, rois={"motor": weights})
     for i, volume in enumerate(made):
         value = pipeline.push(volume).roi["motor"]
         before = signal[[j for j in range(i) if MEMBERS[j] == (0,)]]
@@ -144,7 +142,7 @@ def test_roi_values_are_those_of_the_mean_signal() -> None:
 
 def test_overlapping_conditions_both_count() -> None:
     paradigm = Paradigm([Event(20, 40, "see"), Event(40, 40, "hear")])
-    pipeline = Pipeline(GRID, Config(device="cpu"), paradigm=paradigm)
+    pipeline = Pipeline(GRID, plain(), paradigm=paradigm)
     results = [pipeline.push(v) for v in volumes(60)]
     assert any(r.conditions == ("hear", "see") for r in results)
     for name in ("see", "hear", "baseline"):
@@ -155,7 +153,7 @@ def test_overlapping_conditions_both_count() -> None:
 
 
 def test_results_say_what_happened() -> None:
-    pipeline = Pipeline(GRID, Config(device="cpu", deadline_s=1e-9), paradigm=PARADIGM)
+    pipeline = Pipeline(GRID, plain(deadline_s=1e-9), paradigm=PARADIGM)
     results = []
     for volume in volumes(15):
         results.append(pipeline.push(volume))
@@ -171,7 +169,7 @@ def test_results_say_what_happened() -> None:
 
 
 def test_a_volume_of_another_kind_is_refused_and_leaves_no_trace() -> None:
-    pipeline = Pipeline(GRID, Config(device="cpu"), paradigm=PARADIGM)
+    pipeline = Pipeline(GRID, plain(), paradigm=PARADIGM)
     good = volumes(5)
     for volume in good[:4]:
         pipeline.push(volume)
@@ -195,7 +193,7 @@ def test_a_volume_of_another_kind_is_refused_and_leaves_no_trace() -> None:
 )
 def test_a_bad_region_starts_no_run(weights: np.ndarray, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        Pipeline(GRID, Config(device="cpu"), rois={"bad": weights})
+        Pipeline(GRID, plain(), rois={"bad": weights})
 
 
 def test_cuda_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +205,9 @@ def test_cuda_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_threads_than_there_are_is_refused() -> None:
     with pytest.raises(DeviceError, match="threads must be at most"):
-        Pipeline(GRID, Config(device="cpu", threads=1 + numba.config.NUMBA_NUM_THREADS))
+        Pipeline(GRID, plain(threads=1 + numba.config.NUMBA_NUM_THREADS))
 
 
 def test_a_volume_made_by_hand_needs_no_clocks() -> None:
-    volume = Volume(np.zeros(GRID.shape, np.int16, order="F"), GRID, 0, 2.0)
-    assert Pipeline(GRID, Config(device="cpu")).push(volume).latency_ms < 60_000
+    volume = Volume(volumes(1)[0].data, GRID, 0, 2.0)
+    assert Pipeline(GRID, plain()).push(volume).latency_ms < 60_000

@@ -1,6 +1,8 @@
 """One DICOM file to one volume: voxels, geometry, clocks, and what may be wrong with a file."""
 
+import json
 import subprocess
+from datetime import datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 
@@ -38,6 +40,16 @@ def assert_same_image(
     np.testing.assert_allclose(ours.affine, theirs.affine, rtol=0, atol=1e-4 + rounding_mm)
 
 
+def assert_same_slice_times(volume: Volume, image: nibabel.Nifti1Image, folder: Path) -> None:
+    """Compare with the sidecar's, slices in the direction that *image* has them."""
+    theirs = json.loads((folder / "out" / "run.json").read_text())["SliceTiming"]
+    same_way = volume.grid.affine[:3, 2] @ image.affine[:3, 2] > 0
+    # Scanners count in steps of 2.5 ms, and which volume dcm2niix reads is its own affair.
+    np.testing.assert_allclose(
+        volume.slice_times_s, theirs if same_way else theirs[::-1], rtol=0, atol=0.00251
+    )
+
+
 def cosine_rounding_mm(file: Path) -> float:
     """Return how far a mosaic's corner moves when its rounded direction cosines are normalised.
 
@@ -52,7 +64,7 @@ def cosine_rounding_mm(file: Path) -> float:
 
 
 def convert(files: list[Path], folder: Path) -> nibabel.Nifti1Image:
-    """Convert *files* with dcm2niix."""
+    """Convert *files* with dcm2niix; its sidecar is ``out/run.json``."""
     for name in ("in", "out"):
         (folder / name).mkdir()
     for file in files:
@@ -62,7 +74,7 @@ def convert(files: list[Path], folder: Path) -> nibabel.Nifti1Image:
         "-z",
         "n",
         "-b",
-        "n",
+        "y",
         "-f",
         "run",
         "-o",
@@ -90,12 +102,67 @@ def test_voxels_geometry_and_clocks(make):
     assert volume.acquired_s == pytest.approx(expected_s, abs=1e-6)
 
 
+TIMES_S = (0.8, 0.0, 1.0, 0.2, 1.2, 0.4, 1.4)
+
+
+def timed_mosaic(times_s: tuple[float, ...] | None) -> pydicom.Dataset:
+    grid = oblique_grid()
+    return mosaic_dataset(
+        voxels(grid), grid, index=0, tr_s=1.5, series_uid=SERIES_UID, slice_times_s=times_s
+    )
+
+
+def timed_frames(order: list[int]) -> pydicom.Dataset:
+    """Return an enhanced image whose slices were taken about midnight."""
+    dataset = enhanced(order=order)
+    start = datetime(2020, 1, 2, 23, 59, 59, 500_000)
+    for position, frame in zip(order, dataset.PerFrameFunctionalGroupsSequence, strict=True):
+        taken = start + timedelta(seconds=TIMES_S[position])
+        content = frame.FrameContentSequence[0]
+        content.FrameAcquisitionDateTime = taken.strftime("%Y%m%d%H%M%S.%f")
+    return dataset
+
+
 @pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 1, 3, 5]])
 def test_enhanced_slices_are_sorted_by_position(order):
     straight, _ = decode(to_bytes(enhanced()))
     volume, _ = decode(to_bytes(enhanced(order=order)))
     np.testing.assert_array_equal(volume.data, straight.data)
     assert volume.grid.matches(straight.grid)
+
+
+def test_slice_times_of_a_mosaic():
+    assert decode(to_bytes(timed_mosaic(TIMES_S))).volume.slice_times_s == TIMES_S
+    assert decode(to_bytes(timed_mosaic((0.0,) * 7))).volume.slice_times_s is None
+    # What is said of no slice in particular holds for a 3-D readout: the middle of the TR.
+    assert decode(to_bytes(timed_mosaic(None))).volume.slice_times_s == (0.75,) * 7
+    with pytest.raises(VolumeError, match="each of 7 slices, got 2"):
+        timed_mosaic((0.0, 0.5))
+
+
+def test_a_mosaic_may_know_no_slice_times():
+    dataset = timed_mosaic(TIMES_S)
+    csa = dataset[0x0029, 0x1010]
+    csa.value = csa.value.replace(b"MosaicRefAcqTimes", b"SomethingElsewise")
+    assert decode(to_bytes(dataset)).volume.slice_times_s is None
+
+
+@pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 1, 3, 5]])
+def test_slice_times_of_frames_go_with_them(order):
+    dataset = timed_frames(order)
+    assert decode(to_bytes(dataset)).volume.slice_times_s == TIMES_S
+    frames = dataset.PerFrameFunctionalGroupsSequence
+    frames[3].FrameContentSequence[0].FrameAcquisitionDateTime = ""
+    assert decode(to_bytes(dataset)).volume.slice_times_s is None
+    frames[3].FrameContentSequence[0]["FrameAcquisitionDateTime"]._value = "no time"
+    assert decode(to_bytes(dataset)).volume.slice_times_s is None
+    assert decode(to_bytes(enhanced(order=order))).volume.slice_times_s is None
+
+
+def test_slice_times_are_those_of_dcm2niix(tmp_path):
+    (tmp_path / "one.dcm").write_bytes(to_bytes(timed_mosaic(TIMES_S)))
+    image = convert([tmp_path / "one.dcm"], tmp_path)
+    assert_same_slice_times(decode(tmp_path / "one.dcm").volume, image, tmp_path)
 
 
 def test_mosaic_agrees_with_dcm2niix(tmp_path):
@@ -264,6 +331,7 @@ def test_real_files_agree_with_dcm2niix(folder, shape, tr_s, tmp_path):
         assert (volume.grid.shape, volume.index, volume.tr_s) == (shape, i, tr_s)
         assert (volume.acquired_s is None) == (folder == "siemens_mosaic_mb")
         assert_same_image(volume, image.slicer[..., i], cosine_rounding_mm(file))
+        assert_same_slice_times(volume, image, tmp_path)
 
 
 def test_real_transfer_syntaxes_agree_or_are_refused_by_name():

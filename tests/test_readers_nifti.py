@@ -1,6 +1,7 @@
 """NIfTI runs and ROI images: voxels, order, repetition time, grids, and broken files."""
 
 import gzip
+import json
 import logging
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from dicom_files import mosaic, oblique_grid, real_data, to_bytes, voxels
 from rtfmri.errors import ConfigError, SourceError
 from rtfmri.readers import Skipped, open_reader
 from rtfmri.readers.dicom import decode
-from rtfmri.readers.nifti import read_roi
+from rtfmri.readers.nifti import read_mask, read_reference, read_roi
 from rtfmri.volume import Grid, Volume
 
 GRID = oblique_grid()
@@ -81,6 +82,69 @@ def test_unusable_tr_must_be_given(tmp_path, tr, unit):
     with pytest.raises(SourceError, match="--tr"):
         open_reader(source)
     assert len(list(open_reader(source, tr_s=1.0))) == 2
+
+
+TIMES_S = (0.0, 1.0, 0.25, 1.25, 0.5, 1.5, 0.75)
+
+
+def write_timed(path: Path, data: np.ndarray, per_second: float, unit: str) -> Path:
+    """Write a run whose header says that odd slices were taken first, 0.25 s each."""
+    image = nibabel.Nifti1Image(data, GRID.affine)
+    image.header.set_zooms((*GRID.voxel_size_mm, 2.0 * per_second)[: data.ndim])
+    image.header.set_xyzt_units("mm", unit)
+    image.header.set_dim_info(slice=2)
+    image.header.set_slice_duration(0.25 * per_second)
+    image.header["slice_code"] = 3  # alternating, increasing
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(("per_second", "unit"), [(1.0, "sec"), (1e3, "msec"), (1e6, "usec")])
+def test_slice_times_of_a_header(tmp_path, per_second, unit):
+    run = write_timed(tmp_path / "run.nii", run_of(2), per_second, unit)
+    assert [v.slice_times_s for v in open_reader(str(run))] == [TIMES_S] * 2
+    (tmp_path / "run.json").write_text('{"SliceTiming": [0, 0, 0, 1, 1, 1, 1]}')
+    assert [v.slice_times_s for v in open_reader(str(run))] == [TIMES_S] * 2
+    (tmp_path / "folder").mkdir()
+    for i in range(2):
+        write_timed(tmp_path / "folder" / f"{i}.nii", run_of(1)[..., 0], per_second, unit)
+    volumes = open_reader(str(tmp_path / "folder"), tr_s=2.0)
+    assert [v.slice_times_s for v in volumes] == [TIMES_S] * 2
+
+
+def test_slices_along_another_axis_have_no_times(tmp_path):
+    path = write_timed(tmp_path / "run.nii", run_of(2), 1.0, "sec")
+    image = nibabel.load(path)
+    image.header.set_dim_info(slice=1)
+    nibabel.save(image, tmp_path / "other.nii")
+    assert [v.slice_times_s for v in open_reader(str(tmp_path / "other.nii"))] == [None] * 2
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    ("sidecar", "wanted"),
+    [
+        ({"SliceTiming": list(TIMES_S)}, TIMES_S),
+        ({"SliceTiming": list(TIMES_S), "SliceEncodingDirection": "k"}, TIMES_S),
+        ({"SliceTiming": list(TIMES_S), "SliceEncodingDirection": "k-"}, TIMES_S[::-1]),
+        ({"SliceTiming": list(TIMES_S), "SliceEncodingDirection": "j"}, None),
+        ({"SliceTiming": list(TIMES_S[1:])}, None),
+        ({"SliceTiming": [*TIMES_S[1:], -1]}, None),
+        ({"SliceTiming": [*TIMES_S[1:], "late"]}, None),
+        ({"SliceTiming": "late"}, None),
+        ({"SliceTiming": 1.0}, None),
+        ({"SliceTiming": [0] * 7}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_slice_times_of_a_sidecar(tmp_path, sidecar, wanted, suffix):
+    source = str(write(tmp_path / f"sub-01_bold{suffix}", run_of(2)))
+    assert [v.slice_times_s for v in open_reader(source)] == [None] * 2
+    (tmp_path / "sub-01_bold.json").write_text(json.dumps(sidecar))
+    assert [v.slice_times_s for v in open_reader(source)] == [wanted] * 2
+    (tmp_path / "sub-01_bold.json").write_bytes(b"\xff no JSON")
+    assert [v.slice_times_s for v in open_reader(source)] == [None] * 2
 
 
 def test_folder_of_3d_files_comes_in_natural_order(tmp_path):
@@ -214,8 +278,83 @@ def test_unusable_rois_are_refused(tmp_path):
         (tmp_path / "text.nii", "readable"),
         (tmp_path / "gone.nii", "readable"),
     ]:
-        with pytest.raises(ConfigError, match=reason):
-            read_roi(path, GRID)
+        for read, what in ((read_roi, "ROI"), (read_mask, "mask")):
+            with pytest.raises(ConfigError, match=f"{what} {path}.*{reason}"):
+                read(path, GRID)
+
+
+def test_a_mask_is_where_the_file_is_not_zero(tmp_path, caplog):
+    inside = a_mask(GRID) > 0
+    weights = inside * np.random.default_rng(0).uniform(0.1, 1, GRID.shape).astype(np.float32)
+    mask = read_mask(save_roi(tmp_path / "mask.nii", weights, GRID.affine), GRID)
+    assert mask.dtype == np.bool_
+    assert mask.flags.f_contiguous
+    np.testing.assert_array_equal(mask, inside)
+    swapped = weights.transpose(2, 0, 1)
+    path = save_roi(tmp_path / "swap.nii", swapped, GRID.affine[:, [2, 0, 1, 3]])
+    np.testing.assert_array_equal(read_mask(path, GRID), inside)
+    assert not caplog.records
+
+
+def test_a_mask_on_another_grid_goes_to_the_nearest_voxel(tmp_path, caplog):
+    fine = GRID.affine @ np.diag([0.5, 0.5, 0.5, 1])
+    fine[:3, 3] += fine[:3, :3] @ [-0.5, -0.5, -0.5]  # eight fine voxels to each coarse one
+    mask = np.zeros(GRID.shape, np.float32)
+    mask[3:6, 4:7, 2:5] = 0.25
+    doubled = mask.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    path = save_roi(tmp_path / "mask.nii", doubled, fine)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(read_mask(path, GRID), mask > 0)
+    assert f"mask {path} is on another grid and was resampled (nearest)" in caplog.text
+
+
+def test_a_reference_comes_as_it_is_without_what_is_not_finite(tmp_path, caplog):
+    image = np.random.default_rng(0).normal(100, 200, GRID.shape)
+    image[3, 4, 5], image[4, 4, 5], image[5, 4, 5] = np.nan, np.inf, -np.inf
+    wanted = np.where(np.isfinite(image), image, 0).astype(np.float32)
+    reference = read_reference(save_roi(tmp_path / "image.nii", image, GRID.affine), GRID)
+    assert reference.dtype == np.float32
+    assert reference.flags.f_contiguous
+    np.testing.assert_array_equal(reference, wanted)
+    flip = np.diag([1.0, -1, 1, 1])
+    flip[1, 3] = GRID.shape[1] - 1
+    path = save_roi(tmp_path / "flip.nii", image[:, ::-1], GRID.affine @ flip)
+    np.testing.assert_array_equal(read_reference(path, GRID), wanted)
+    assert not caplog.records
+
+
+def test_a_reference_on_another_grid_is_interpolated_linearly(tmp_path, caplog):
+    # A linear ramp in scanner space comes out as itself within the finer grid, which is larger.
+    affine = GRID.affine @ np.diag([0.5, 0.5, 0.5, 1])
+    affine[:3, 3] -= affine[:3, :3].sum(1)
+    fine = Grid((26, 22, 16), affine)
+
+    def ramp(grid: Grid) -> np.ndarray:
+        voxels = np.indices(grid.shape).reshape(3, -1)
+        x, y, z = grid.affine[:3, :3] @ voxels + grid.affine[:3, 3:]
+        return (1000 + 2 * x - 3 * y + z).reshape(grid.shape)
+
+    with caplog.at_level(logging.WARNING):
+        path = save_roi(tmp_path / "image.nii", ramp(fine).astype(np.float32), fine.affine)
+        reference = read_reference(path, GRID)
+    # The file has affine and voxels in float32: 1e-6 of 60 mm, 6e-8 of 1500.
+    np.testing.assert_allclose(reference, ramp(GRID), rtol=0, atol=1e-3)
+    assert f"reference {path} is on another grid and was resampled (linear)" in caplog.text
+
+
+def test_unusable_references_are_refused(tmp_path):
+    image = np.ones(GRID.shape, np.float32)
+    far = GRID.affine.copy()
+    far[:3, 3] += 1000
+    colours = np.zeros(GRID.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    for path, reason in [
+        (save_roi(tmp_path / "far.nii", image, far), "no voxel"),
+        (save_roi(tmp_path / "4d.nii", run_of(2), GRID.affine), "3-D"),
+        (save_roi(tmp_path / "colours.nii", colours, GRID.affine), "numbers"),
+        (tmp_path / "gone.nii", "readable"),
+    ]:
+        with pytest.raises(ConfigError, match=f"reference {path}.*{reason}"):
+            read_reference(path, GRID)
 
 
 def test_real_4d_files():

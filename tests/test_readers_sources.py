@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dicom_files import oblique_grid, voxels
-from rtfmri import Config, Paradigm, Pipeline
+from memory import plain
+from rtfmri import Paradigm, Pipeline
 from rtfmri.errors import ConfigError, RecordingError, SourceError
 from rtfmri.readers import open_reader
 from rtfmri.recording import Recorder
@@ -103,7 +104,7 @@ def test_simulator(tmp_path):
 
 
 def record(path, indices):
-    config, paradigm = Config(device="cpu"), Paradigm()
+    config, paradigm = plain(), Paradigm()
     rois = {"all": np.ones(GRID.shape, np.float32)}
     pipeline = Pipeline(GRID, config, rois=rois, dtype=np.int16)
     recorder = Recorder(
@@ -118,7 +119,7 @@ def record(path, indices):
     for index in indices:
         volume = Volume(voxels(GRID, index, np.int16), GRID, index, 1.5)
         recorder.append(volume, pipeline.push(volume))
-    recorder.close(pipeline.maps())
+    recorder.close(pipeline.maps(), pipeline.quality_maps())
 
 
 def test_recording_is_played_as_it_was_recorded(tmp_path):

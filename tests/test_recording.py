@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from memory import ACTIVE, EVENTS, GRID, MemoryReader, volumes
-from rtfmri.config import BaselineSettings, Config, SmoothingSettings
+from memory import ACTIVE, EVENTS, GRID, MemoryReader, plain, volumes
+from rtfmri.config import BaselineSettings, SmoothingSettings
 from rtfmri.errors import RecordingError
 from rtfmri.recording import open_recording, recover
 from rtfmri.session import Session
 
-CONFIG = Config(
-    device="cpu",
+CONFIG = plain(
     smoothing=SmoothingSettings(fwhm_mm=4.0),
     baseline=BaselineSettings(kind="sliding", window_volumes=8),
 )
@@ -154,7 +153,7 @@ def test_another_process_reads_while_the_run_goes_on(tmp_path: Path) -> None:
 VICTIM = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[2])
-from memory import EVENTS, MemoryReader, volumes
+from memory import EVENTS, MemoryReader, plain, volumes
 from rtfmri.config import Config
 from rtfmri.session import Session
 
@@ -165,7 +164,7 @@ for seed in range(int(sys.argv[3])):
     child = os.fork()
     if child == 0:
         with Session(
-            MemoryReader(made), events=EVENTS, config=Config(device="cpu", threads=1),
+            MemoryReader(made), events=EVENTS, config=plain(threads=1),
             out=f"{sys.argv[1]}/{seed}.h5",
         ) as session:
             for result in session:

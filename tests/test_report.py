@@ -14,9 +14,10 @@ from rtfmri.config import Config
 from rtfmri.errors import ConfigError, RecordingError
 from rtfmri.paradigm import Event
 from rtfmri.pipeline import ConditionMaps
-from rtfmri.report import brain_mask, peak, write_report
+from rtfmri.report import peak, write_report
 from rtfmri.report.regions import active_region, inactive_region
 from rtfmri.session import Session
+from rtfmri.stages.mask import brain_mask
 from rtfmri.volume import Grid, Volume
 
 N = 40
@@ -78,7 +79,14 @@ def test_the_page_loads_nothing_and_forbids_it(index: Path) -> None:
 
 def test_each_picture_is_a_readable_png(index: Path) -> None:
     names = {path.name for path in index.parent.glob("*.png")}
-    assert names == {"subtraction.png", "blobs-leftHand.png", "time-courses.png", "latency.png"}
+    assert names == {
+        "subtraction.png",
+        "blobs-leftHand.png",
+        "time-courses.png",
+        "quality.png",
+        "tsnr.png",
+        "latency.png",
+    }
     for name in names:
         pixels = matplotlib.image.imread(index.parent / name)
         assert pixels.shape[1] == 1500  # 10 inches at 150 dpi
@@ -96,7 +104,7 @@ def test_blobs_are_warm_where_the_signal_rose(index: Path) -> None:
 def test_the_peak_is_in_the_active_block(tmp_path: Path) -> None:
     pipeline = recordings.record(tmp_path / "r.h5", recordings.volumes(N))
     maps = pipeline.maps()["left hand"]
-    t, place_mm = peak(maps, GRID)
+    t, place_mm = peak(maps, GRID, recordings.head())
     i, j, k = np.rint(np.linalg.inv(GRID.affine) @ [*place_mm, 1])[:3].astype(int)
     assert recordings.roi()[i, j, k] == 1
     assert t == maps.t[recordings.head()].max() == maps.t[i, j, k]
@@ -112,8 +120,9 @@ def test_the_peaks_of_a_real_run_are_where_hearing_and_seeing_are(tmp_path: Path
         assert len(list(session)) == 64
         assert session.pipeline
         maps, grid = session.maps(), session.pipeline.grid
-    hearing, (x, _, _) = peak(maps["auditory"], grid)
-    seeing, (_, y, _) = peak(maps["visual"], grid)
+        brain = session.pipeline.quality_maps()["mask"] > 0
+    hearing, (x, _, _) = peak(maps["auditory"], grid, brain)
+    seeing, (_, y, _) = peak(maps["visual"], grid, brain)
     assert min(hearing, seeing) > 10
     assert abs(x) > 10
     assert y < -15
@@ -124,7 +133,7 @@ def test_the_peak_is_not_in_the_air() -> None:
     t = np.zeros(GRID.shape, np.float32)
     t[0, 0, 0], t[1, 1, 1], t[ACTIVE] = 99, np.nan, 5
     maps = ConditionMaps(9, mean, np.zeros_like(mean), np.zeros_like(mean), t)
-    assert peak(maps, GRID)[0] == 5
+    assert peak(maps, GRID, recordings.head())[0] == 5
 
 
 def test_the_brain_is_found_without_the_air() -> None:
@@ -176,6 +185,8 @@ def test_monitoring_has_a_page_without_maps(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "mean.png",
         "time-courses.png",
+        "quality.png",
+        "tsnr.png",
         "latency.png",
     }
 
@@ -214,6 +225,8 @@ def test_the_shortest_run(tmp_path: Path) -> None:
 def test_an_empty_image(tmp_path: Path) -> None:
     grid = Grid((6, 6, 2), np.eye(4))
     dark = [Volume(np.zeros(grid.shape, np.int16, "F"), grid, i, 2.0) for i in range(30)]
+    for volume in dark:
+        volume.data[0, 0, 0] = 1  # a volume without any contrast begins no run
     recordings.record(tmp_path / "r.h5", dark)
     assert "No cluster" in read(write_report(tmp_path / "r.h5", tmp_path)).text
 

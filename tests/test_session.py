@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memory import ACTIVE, EVENTS, GRID, TR_S, MemoryReader, volumes
-from rtfmri.config import Config
+from memory import ACTIVE, EVENTS, GRID, TR_S, MemoryReader, plain, volumes
 from rtfmri.errors import ConfigError, DeviceError, EventsError, RecordingError, SourceError
 from rtfmri.paradigm import Event
 from rtfmri.readers import Skipped
@@ -17,7 +16,7 @@ from rtfmri.recording import Recorder, open_recording
 from rtfmri.session import Session
 from rtfmri.volume import Grid, Volume
 
-CPU = Config(device="cpu")
+CPU = plain()
 ROI = np.zeros(GRID.shape, np.float32)
 ROI[ACTIVE] = 1
 
@@ -95,7 +94,7 @@ def test_a_run_that_starts_late_says_what_it_missed() -> None:
 
 
 def test_late_results_are_counted_and_the_run_goes_on() -> None:
-    config = Config(device="cpu", deadline_s=1e-9)
+    config = plain(deadline_s=1e-9)
     with Session(MemoryReader(volumes(5)), config=config) as session:
         assert all(r.deadline_missed for r in session)
     assert session.counters.missed_deadlines == 5
@@ -186,7 +185,7 @@ def test_nothing_starts_with_a_bad_configuration(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         Session(str(tmp_path / "nowhere"), out=out)
     with pytest.raises(DeviceError, match="threads"):
-        Session(MemoryReader(volumes(1)), config=Config(device="cpu", threads=256), out=out)
+        Session(MemoryReader(volumes(1)), config=plain(threads=256), out=out)
     assert not out.exists()
 
 

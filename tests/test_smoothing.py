@@ -73,6 +73,31 @@ def test_cuda_gives_the_bits_of_numba(
     assert np.array_equal(smoothed(backend, volume, 6.0), wanted)
 
 
+def thinned(
+    backend: Backend, volume: NDArray[Any], radii: tuple[int, ...], step: tuple[int, int, int]
+) -> NDArray[np.float32]:
+    """Smooth with filters that also sharpen, and keep every step-th voxel."""
+    rng = np.random.default_rng(5)
+    x, y, z = (backend.copy(rng.uniform(-0.3, 1, r + 1).astype(np.float32)) for r in radii)
+    shape = tuple(-(-n // s) for n, s in zip(volume.shape, step, strict=True))
+    scratch, out = backend.zeros(2 * volume.size), backend.zeros(int(np.prod(shape)))
+    flat = backend.upload(volume.reshape(-1, order="F"))
+    backend.smooth(flat, volume.shape, (x, y, z), scratch, out, step=step)
+    return backend.download(out).reshape(shape, order="F")
+
+
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("step", [(2, 2, 2), (3, 1, 1), (1, 4, 1), (1, 1, 2), (5, 3, 50)])
+def test_a_step_leaves_voxels_out_and_changes_none(
+    backend: Backend, shape: tuple[int, int, int], dtype: str, step: tuple[int, int, int]
+) -> None:
+    volume, radii = a_volume(shape, dtype), (3, 0, 5)
+    x, y, z = step
+    wanted = thinned(open_backend("cpu"), volume, radii, (1, 1, 1))[::x, ::y, ::z]
+    assert np.array_equal(thinned(backend, volume, radii, step), wanted)
+
+
 def test_a_constant_stays_constant_up_to_the_edges(backend: Backend) -> None:
     volume = np.full((9, 8, 7), 1000, np.int16, order="F")
     got = smoothed(backend, volume, 8.0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rtfmri.errors import GridError, VolumeError
-from rtfmri.volume import Grid, Volume, as_voxels, unflatten
+from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels, unflatten
 
 AFFINE = np.array([[-3.0, 0, 0, 90], [0, 2.9, -1, -80], [0, 0.8, 3.6, -70], [0, 0, 0, 1]])
 
@@ -67,6 +67,10 @@ def test_flat_is_the_same_memory_x_fastest() -> None:
         ({"index": -1}, "index"),
         ({"tr_s": 0.0}, "tr_s"),
         ({"tr_s": float("nan")}, "tr_s"),
+        ({"slice_times_s": (0.0, 1.0)}, "each of 4 slices, got 2"),
+        ({"slice_times_s": (0.0, 1.0, -0.1, 0.5)}, "slice_times_s must be finite and 0 or more"),
+        ({"slice_times_s": (0.0, 1.0, 0.5, float("nan"))}, "slice_times_s must be finite"),
+        ({"slice_times_s": (0.0, 1.0, 0.5, float("inf"))}, "slice_times_s must be finite"),
     ],
 )
 def test_volume_names_the_rule_it_breaks(changes: dict[str, object], words: str) -> None:
@@ -78,6 +82,24 @@ def test_volume_names_the_rule_it_breaks(changes: dict[str, object], words: str)
     }
     with pytest.raises(VolumeError, match=words):
         Volume(**{**good, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("header", "kept"),
+    [
+        ((0.0, 0.75, 0.37249999999), (0.0, 0.75, 0.3725)),
+        ((0.0, 0.75), None),
+        ((0.0, None, 0.75), None),
+        ((0.0, 0.75, -0.1), None),
+        ((0.0, 0.75, float("nan")), None),
+        ((0.0, 0.0, 0.0), None),
+        ((), None),
+    ],
+)
+def test_as_slice_times_keeps_what_can_be(
+    header: tuple[float | None, ...], kept: tuple[float, ...] | None
+) -> None:
+    assert as_slice_times(header, 3) == kept
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,22 @@ NumPy in the tests.
 """
 
 import logging
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.config import Device
+from rtfmri.config import Device, Interpolation
 from rtfmri.errors import DeviceError
 
 _log = logging.getLogger(__name__)
 
 Array: TypeAlias = Any
 """A NumPy array on the cpu backend, a CuPy array on the cuda backend."""
+
+Shape: TypeAlias = tuple[int, int, int]
+"""Voxels along x, y, z."""
 
 
 class Moments(NamedTuple):
@@ -64,6 +68,66 @@ class RoiTable(NamedTuple):
     weights: Array
 
 
+class Region(NamedTuple):
+    """Voxels of one array and their places in another, as runs that are contiguous in both.
+
+    ``runs`` (n_runs, 3) int32 holds the flat index of the first source voxel, that of the first
+    target voxel, and the length of each run, which never leaves its line along x. ``sources`` and
+    ``targets`` (n,) int32 say the same voxel by voxel.
+    """
+
+    runs: Array
+    sources: Array
+    targets: Array
+
+
+class Template(NamedTuple):
+    """What volumes are registered to: points of the reference, and how it changes with motion.
+
+    ``points`` (3, n) float32 are positions in the coefficient grid, ``values`` (n,) float32 the
+    reference there, ``jacobian`` (7, n) float32 its derivatives by translation along x, y, z (mm),
+    rotation about x, y, z (radians) and intensity scale, ``inverse_hessian`` (7, 7) float64.
+    ``to_mm`` and ``from_mm`` (2, 3, 4) float64 are affines between voxels and scanner mm about the
+    centre of rotation: of the coefficient grid first, then of the volumes.
+    """
+
+    points: Array
+    values: Array
+    jacobian: Array
+    inverse_hessian: Array
+    to_mm: Array
+    from_mm: Array
+
+
+class Pose(NamedTuple):
+    """Where the head is, kept on the backend from volume to volume.
+
+    ``fields`` float64 are the `POSE_FIELDS`; ``matrix`` (12,) float64 maps a voxel of the
+    reference to its place in the volume, row by row; ``sums`` and ``counter`` are the kernels'
+    own.
+    """
+
+    fields: Array
+    matrix: Array
+    sums: Array
+    counter: Array
+
+
+POSE_FIELDS = (
+    *("quaternion_w", "quaternion_x", "quaternion_y", "quaternion_z"),
+    *("x_mm", "y_mm", "z_mm"),
+    *("scale", "fd_power_mm", "fd_jenkinson_mm"),
+    *("inside", "residual", "n_iterations", "converged"),
+)
+"""What `Backend.register` leaves: rotation, translation (mm), intensity scale; framewise
+displacement from the volume before (mm); share of the template's points inside the volume; root
+mean square residual over that of the template's values about their mean; iterations; 0 or 1."""
+
+SLICE_FIELDS = ("total", "largest", "n_largest", "n_not_finite")
+"""What `Backend.inspect` says of a slice: sum of the finite voxels, largest of them, how many are
+as large, how many are not finite."""
+
+
 class Backend(Protocol):
     """What a stage may ask for; arrays stay where the backend keeps them."""
 
@@ -84,6 +148,10 @@ class Backend(Protocol):
         """Return a copy of *array* as a NumPy array, when all work on it is done."""
         ...
 
+    def fetch(self, array: Array) -> NDArray[Any]:
+        """Return a copy of a small *array* by the shortest way; for the per-TR path alone."""
+        ...
+
     def zeros(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Return a new array of zeros."""
         ...
@@ -96,13 +164,22 @@ class Backend(Protocol):
         """Wait until everything asked for has been done."""
         ...
 
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do *work*, and return what does it again: the same operations on the same arrays.
+
+        The cuda backend captures a CUDA graph, so *work* may not upload, download or wait.
+        """
+        ...
+
     def smooth(
         self,
         volume: Array,
-        shape: tuple[int, int, int],
+        shape: Shape,
         taps: tuple[Array, Array, Array],
         scratch: Array,
         out: Array,
+        *,
+        step: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         """Convolve *volume* with a symmetric filter along each axis, edges mirrored.
 
@@ -114,8 +191,173 @@ class Backend(Protocol):
             Voxels along x, y, z.
         taps : three arrays of float32
             The filters along x, y, z from their middle outwards, (radius + 1,) each.
-        scratch, out : (n_voxels,) float32
-            Overwritten; *out* with the result. Neither may be *volume*.
+        scratch : (n_voxels,) float32, with a step (2 * n_voxels,)
+            Overwritten.
+        out : (n_out,) float32
+            Overwritten with the result. Neither may be *volume*.
+        step : (int, int, int)
+            Only every step-th voxel along x, y, z is computed, the first one included: *out* is of
+            a grid of ``ceil(shape / step)``.
+        """
+        ...
+
+    def register(
+        self,
+        coefficients: Array,
+        shape: Shape,
+        template: Template,
+        pose: Pose,
+        *,
+        max_iterations: int,
+        tolerance_mm: float,
+    ) -> None:
+        """Find the pose of a volume: Gauss-Newton from the pose before, all on the backend.
+
+        Parameters
+        ----------
+        coefficients : (n,) float32
+            Cubic B-spline coefficients of the smoothed volume, on a grid of *shape*.
+        template : Template
+            The reference.
+        pose : Pose
+            Of the volume before; overwritten. Where the iteration fails, the pose stays as it was
+            and ``converged`` is 0.
+        max_iterations : int
+            Steps before it counts as failed.
+        tolerance_mm : float
+            The iteration has converged when a step moves no point 50 mm from the centre by more.
+        """
+        ...
+
+    def reslice(
+        self,
+        volume: Array,
+        shape: Shape,
+        matrix: Array,
+        interpolation: Interpolation,
+        region: Region,
+        out: Array,
+    ) -> None:
+        """Sample *volume* at the places that *matrix* gives for the region's source voxels.
+
+        Parameters
+        ----------
+        volume : (n_voxels,) int16, uint16 or float32
+            Of a grid of *shape*; for ``bspline`` its cubic B-spline coefficients, float32.
+        matrix : (12,) float64
+            Voxel of the reference to place in *volume*, in voxels, row by row.
+        interpolation : str
+            trilinear, catmull-rom or bspline.
+        region : Region
+            Its sources are voxels of the reference, whose grid is of *shape* too.
+        out : (n_out,) float32
+            The region's targets are overwritten. Places outside *volume* take the nearest place
+            inside; neighbours beyond its edge are mirrored about the outer faces.
+        """
+        ...
+
+    def gather(self, volume: Array, region: Region, scale: Array | None, out: Array) -> None:
+        """Copy the region's sources in *volume* to its targets in *out*, as float32.
+
+        Parameters
+        ----------
+        volume : (n_voxels,) int16, uint16 or float32
+            Where the sources are.
+        scale : (n,) float32, optional
+            Factor of each voxel, in the order of the region.
+        out : (n_out,) float32
+            Where the targets are.
+        """
+        ...
+
+    def retime(
+        self, volume: Array, ring: Array, slot: int, shape: Shape, weights: Array, out: Array
+    ) -> None:
+        """Add up *volume* and those before it, each slice with weights of its own; keep *volume*.
+
+        Parameters
+        ----------
+        volume : (n_voxels,) int16, uint16 or float32
+            The newest, of a grid of *shape*.
+        ring : (n_before, n_voxels), the dtype of *volume*
+            The volumes before it; row *slot* is overwritten with *volume*.
+        slot : int
+            Row of the oldest; the one before *volume* is in the row before, the last row comes
+            before the first.
+        weights : (n_points, n_slices) float32
+            Of *volume* first, then of the one before it, and so on; n_points is at most
+            n_before + 1. Rows of the ring beyond that are not read.
+        out : (n_voxels,) float32
+            Overwritten.
+        """
+        ...
+
+    def inspect(self, volume: Array, shape: Shape, slices: Array) -> None:
+        """Say of each slice of *volume* what `SLICE_FIELDS` names.
+
+        Parameters
+        ----------
+        volume : (n_voxels,) int16, uint16 or float32
+            As the scanner sent it.
+        slices : (n_slices + 1, 4) float64
+            Overwritten; the last row is the whole volume's. Where no voxel is finite, ``largest``
+            is -inf and ``n_largest`` 0.
+        """
+        ...
+
+    def compare(self, volume: Array, previous: Array, sums: Array) -> None:
+        """Sum up *volume*, and its squared differences from the one before.
+
+        Parameters
+        ----------
+        volume, previous : (n,) float32
+            The same voxels of two volumes; those of *volume* that are not finite count 0.
+        sums : (2,) float64
+            Overwritten with both sums.
+        """
+        ...
+
+    def judge(self, values: Array, limits: Array, usable: Array) -> None:
+        """Tell whether every value is within its limits; one that is not a number never is.
+
+        Parameters
+        ----------
+        values : (n,) float64
+            What was measured of a volume.
+        limits : (2, n) float64
+            Lowest and highest value allowed.
+        usable : (1,) float32
+            Overwritten with 1 or 0.
+        """
+        ...
+
+    def track(
+        self,
+        volume: Array,
+        previous: Array,
+        moments: Moments,
+        successive: Array,
+        *,
+        usable: Array,
+        gain: float,
+        successive_gain: float,
+    ) -> None:
+        """Fold a usable *volume* into the moments of the run, then make it the previous one.
+
+        Parameters
+        ----------
+        volume : (n,) float32
+            Scanner units.
+        previous : (n,) float32
+            The volume before; overwritten where *volume* is finite, usable or not.
+        moments : Moments
+            Of the usable volumes.
+        successive : (n,) float32
+            Mean squared difference of successive volumes.
+        usable : (1,) float32
+            0 leaves moments and *successive* as they are.
+        gain, successive_gain : float
+            Weights of this volume and of this difference; 0 leaves them out.
         """
         ...
 
@@ -128,6 +370,7 @@ class Backend(Protocol):
         bessel: float,
         into: Moments | None,
         gain: float,
+        usable: Array | None = None,
     ) -> None:
         """Compare *volume* with the baseline, then fold it into the moments *into*, in one pass.
 
@@ -148,10 +391,14 @@ class Backend(Protocol):
             ``variance = (1 - gain) * (variance + gain * d**2)`` with ``d = volume - mean``.
             1/n makes the moments of n volumes (Welford 1962; West 1979, CACM 22:532), a constant
             gain an exponential window.
+        usable : (1,) float32, optional
+            0 leaves *into* as it is; None says 1.
         """
         ...
 
-    def fold(self, volume: Array, into: Moments, *, gain: float) -> None:
+    def fold(
+        self, volume: Array, into: Moments, *, gain: float, usable: Array | None = None
+    ) -> None:
         """Fold *volume* into *into*, as `subtract` does."""
         ...
 
@@ -166,13 +413,14 @@ class Backend(Protocol):
         bessel: float,
         gain: float,
         full: bool,
+        usable: Array | None = None,
     ) -> None:
         """Compare *volume* with a sliding baseline, then let it into the window, in one pass.
 
         Parameters
         ----------
-        volume, baseline, out, bessel
-            As for `subtract`.
+        volume, baseline, out, bessel, usable
+            As for `subtract`; a volume that is not usable leaves *ring* as it is, too.
         ring : (window, n_voxels), the dtype of *volume*
             The window's volumes; row *slot* is overwritten with *volume*.
         gain : float
@@ -207,8 +455,8 @@ class Backend(Protocol):
         """
         ...
 
-    def roi_means(self, volume: Array, rois: RoiTable) -> NDArray[np.float32]:
-        """Return the weighted mean of *volume* in each ROI, on the host, (n_rois,)."""
+    def roi_means(self, volume: Array, rois: RoiTable, means: Array) -> None:
+        """Write the weighted mean of *volume* in each ROI into *means*, (n_rois,) float64."""
         ...
 
 
@@ -223,9 +471,30 @@ def exercise(backend: Backend, dtype: Any) -> None:
     backend.refresh(ring, moments, 0, 1)
     backend.contrast(moments, 2.0, moments, 2.0, Contrast(*out))
     offsets, voxels = (backend.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
-    backend.roi_means(volume, RoiTable(offsets, voxels, backend.zeros(1)))
-    tap = backend.zeros(1)
-    backend.smooth(volume, (1, 1, 1), (tap, tap, tap), backend.zeros(1), backend.zeros(1))
+    means = backend.zeros(1, np.float64)
+    backend.roi_means(volume, RoiTable(offsets, voxels, backend.zeros(1)), means)
+    one, voxel = (1, 1, 1), backend.zeros(1)
+    backend.smooth(volume, one, (voxel, voxel, voxel), backend.zeros(1), backend.zeros(1))
+    backend.retime(volume, ring[:1], 0, one, backend.zeros((2, 1)), voxel)
+    region = Region(*(backend.zeros(n, np.int32) for n in ((1, 3), 1, 1)))
+    matrix = backend.zeros(12, np.float64)
+    for interpolation in get_args(Interpolation):
+        source = voxel if interpolation == "bspline" else volume
+        backend.reslice(source, one, matrix, interpolation, region, backend.zeros(1))
+    singles = [backend.zeros(shape) for shape in ((3, 1), 1, (7, 1))]
+    doubles = [backend.zeros(shape, np.float64) for shape in ((7, 7), (2, 3, 4), (2, 3, 4))]
+    template = Template(*singles, *doubles)
+    fields, places, sums = (backend.zeros(n, np.float64) for n in (len(POSE_FIELDS), 12, 64))
+    pose = Pose(fields, places, sums, backend.zeros(1, np.int32))
+    backend.register(voxel, one, template, pose, max_iterations=1, tolerance_mm=1.0)
+    backend.gather(volume, region, None, voxel)
+    backend.gather(volume, region, backend.zeros(1), voxel)
+    backend.inspect(volume, one, backend.zeros((2, 4), np.float64))
+    sums, usable = backend.zeros(2, np.float64), backend.zeros(1)
+    backend.compare(voxel, backend.zeros(1), sums)
+    backend.judge(sums, backend.zeros((2, 2), np.float64), usable)
+    gains = {"usable": usable, "gain": 1.0, "successive_gain": 1.0}
+    backend.track(voxel, backend.zeros(1), moments, backend.zeros(1), **gains)
 
 
 def gpu_problem() -> str | None:

@@ -23,7 +23,7 @@ from pydicom.valuerep import DT, TM
 
 from rtfmri.errors import GridError, RtfmriError, VolumeError
 from rtfmri.readers.replay import checked_tr
-from rtfmri.volume import Grid, Volume, as_voxels
+from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels
 
 with warnings.catch_warnings():
     # nibabel says this at every import; the tests compare its geometry with dcm2niix.
@@ -45,6 +45,15 @@ class Place:
     """Digest of the SeriesInstanceUID: equal for files of one series, otherwise opaque."""
     index: int
     """Position of its volume in the run, from 0."""
+
+
+class _Image(NamedTuple):
+    slices: NDArray[Any]
+    """(z, y, x)."""
+    affine: NDArray[np.float64]
+    """From (x, y, z) to LPS mm."""
+    times_s: list[float]
+    """Acquisition start of each slice after the volume's; empty if not known."""
 
 
 class Decoded(NamedTuple):
@@ -103,7 +112,7 @@ def decode(source: bytes | Path, *, tr_s: float | None = None) -> Decoded:
         if not dataset.get("PixelData"):
             raise VolumeError("holds no image, or is cut short")
         split = _split_frames if dataset.get("SOPClassUID") == ENHANCED_MR else _split_mosaic
-        slices, affine_lps = split(dataset)
+        slices, affine_lps, times_s = split(dataset)
         place = _place(dataset)
         volume = Volume(
             data=as_voxels(slices.T),
@@ -111,6 +120,7 @@ def decode(source: bytes | Path, *, tr_s: float | None = None) -> Decoded:
             index=place.index,
             tr_s=tr_s or checked_tr(_repetition_time_s(dataset), "the series"),
             acquired_s=_acquired_s(dataset),
+            slice_times_s=as_slice_times(times_s, len(slices)),
         )
     return Decoded(volume, place.series)
 
@@ -134,11 +144,12 @@ def _plain_errors() -> Iterator[None]:
         raise VolumeError(f"cannot be decoded ({type(error).__name__})") from None
 
 
-def _split_mosaic(dataset: pydicom.Dataset) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Return the slices (z, y, x) of a Siemens mosaic and their affine from (x, y, z) to LPS mm.
+def _split_mosaic(dataset: pydicom.Dataset) -> _Image:
+    """Return the slices of a Siemens mosaic.
 
     The first slice's place and the direction of the slices come from nibabel, which corrects
-    the mosaic's position and reads the slices' normal from Siemens' private header.
+    the mosaic's position and reads the slices' normal from Siemens' private header. So do the
+    slices' times, in ms; older scanners have none, or zeros.
     """
     csa = get_csa_header(dataset)
     if csa is None or not is_mosaic(csa):
@@ -151,11 +162,16 @@ def _split_mosaic(dataset: pydicom.Dataset) -> tuple[NDArray[Any], NDArray[np.fl
     pixels = _pixels(dataset).reshape(tiles, n_rows, tiles, n_columns)
     slices = pixels.swapaxes(1, 2).reshape(-1, n_rows, n_columns)[:n_slices]
     slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
-    return _rescaled(slices, [[slope, intercept]]), wrapper.affine[:, [1, 0, 2, 3]]
+    times_ms = csa["tags"].get("MosaicRefAcqTimes", {}).get("items", [])
+    return _Image(
+        _rescaled(slices, [[slope, intercept]]),
+        wrapper.affine[:, [1, 0, 2, 3]],
+        [float(time_ms) / 1000 for time_ms in times_ms],
+    )
 
 
-def _split_frames(dataset: pydicom.Dataset) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Return the slices (z, y, x) of an enhanced image and their affine from (x, y, z) to LPS mm.
+def _split_frames(dataset: pydicom.Dataset) -> _Image:
+    """Return the slices of an enhanced image.
 
     Slices are sorted along the normal of their plane, row direction x column direction, and are
     taken to be evenly spaced (DICOM PS3.3, C.7.6.16.2.3 and C.7.6.16.2.4).
@@ -188,7 +204,18 @@ def _split_frames(dataset: pydicom.Dataset) -> tuple[NDArray[Any], NDArray[np.fl
         for frame in (frames[i] for i in order)
         if (macro := _macro(dataset, frame, "PixelValueTransformationSequence"))
     ]
-    return _rescaled(pixels[order], scales), affine
+    times_s = _frame_times_s([frames[i] for i in order])
+    return _Image(_rescaled(pixels[order], scales), affine, times_s)
+
+
+def _frame_times_s(frames: list[pydicom.Dataset]) -> list[float]:
+    """Return when each frame was taken after the first one (DICOM PS3.3, C.7.6.16.2.2)."""
+    contents = [(frame.get("FrameContentSequence") or [pydicom.Dataset()])[0] for frame in frames]
+    with suppress(ValueError, TypeError):  # a frame without a time, or without a usable one
+        clocks = [DT(content.get("FrameAcquisitionDateTime")) for content in contents]
+        first = min(clocks)
+        return [(clock - first).total_seconds() for clock in clocks]
+    return []
 
 
 def _macro(dataset: pydicom.Dataset, frame: pydicom.Dataset, name: str) -> pydicom.Dataset:

@@ -1,8 +1,10 @@
-"""NIfTI files: runs in one 4-D file or a folder of 3-D files, and ROI images."""
+"""NIfTI files: runs in one 4-D file or a folder of 3-D files, and ROIs, masks and references."""
 
+import json
 import logging
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import io_orientation, ornt_transform
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from rtfmri.errors import ConfigError, RtfmriError, SourceError, VolumeError
 from rtfmri.readers import Skipped
 from rtfmri.readers.replay import EndOfSource, Replay, Step, checked_tr
-from rtfmri.volume import Grid, Volume, as_voxels
+from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +50,12 @@ def replay_4d(path: Path, tr_s: float | None, speed: float | None) -> Replay:
         )
     tr_s = tr_s or checked_tr(_header_tr_s(image), str(path))
     grid, n_volumes = Grid(image.shape[:3], image.affine), image.shape[3]
+    times_s = _slice_times_s(image, path)
 
     def load(index: int) -> Volume:
         try:
-            return Volume(_voxels(image.dataobj[..., index]), grid, index, tr_s)
+            data = _voxels(image.dataobj[..., index])
+            return Volume(data, grid, index, tr_s, slice_times_s=times_s)
         except _UNREADABLE:
             raise EndOfSource(f"the file ends after {index} of {n_volumes} volumes") from None
 
@@ -101,7 +106,8 @@ def load_volume(path: Path, index: int, tr_s: float | None) -> Volume:
         raise VolumeError(str(error)) from None
     except _UNREADABLE:
         raise VolumeError("is cut short or no NIfTI file") from None
-    return Volume(data, grid, index, tr_s or checked_tr(_header_tr_s(image), path.name))
+    tr_s = tr_s or checked_tr(_header_tr_s(image), path.name)
+    return Volume(data, grid, index, tr_s, slice_times_s=_slice_times_s(image, path))
 
 
 def read_roi(path: str | Path, grid: Grid) -> NDArray[np.float32]:
@@ -127,28 +133,102 @@ def read_roi(path: str | Path, grid: Grid) -> NDArray[np.float32]:
         If the file cannot be read, is not 3-D, has negative or non-finite weights, or has no
         voxel inside the run's grid.
     """
-    try:
-        loaded = nibabel.load(path)
-        weights = np.asanyarray(loaded.dataobj).reshape(loaded.shape[:3])
-        own = Grid(weights.shape, loaded.affine)
-    except (*_UNREADABLE, RtfmriError) as error:
-        raise ConfigError(f"ROI {path} must be a readable 3-D NIfTI image: {error}") from None
-    if weights.dtype.kind not in "biuf" or not np.isfinite(weights).all() or weights.min() < 0:
-        raise ConfigError(f"ROI {path}: weights must be finite and 0 or more")
+    what = f"ROI {path}"
+    weights, affine = _read_weights(path, what)
     is_mask = weights.dtype.kind in "biu" or bool(np.isin(weights, (0, 1)).all())
-    image = nibabel.Nifti1Image(weights.astype(np.float32), loaded.affine)
-    if not own.matches(grid):
-        turn = ornt_transform(io_orientation(own.affine), io_orientation(grid.affine))
+    return _on_grid(weights, affine, grid, "nearest" if is_mask else "linear", what)
+
+
+def read_mask(path: str | Path, grid: Grid) -> NDArray[np.bool_]:
+    """Read a mask on the grid of a run.
+
+    Parameters
+    ----------
+    path, grid
+        As for `read_roi`.
+
+    Returns
+    -------
+    mask : (x, y, z) bool
+        Where the file is not 0. Another grid is brought to the run's as by `read_roi`, to the
+        nearest voxel.
+
+    Raises
+    ------
+    ConfigError
+        As `read_roi`.
+    """
+    what = f"mask {path}"
+    weights, affine = _read_weights(path, what)
+    return _on_grid((weights != 0).astype(np.float32), affine, grid, "nearest", what) > 0
+
+
+def read_reference(path: str | Path, grid: Grid) -> NDArray[np.float32]:
+    """Read the image that volumes are registered to, on the grid of the run.
+
+    Parameters
+    ----------
+    path, grid
+        As for `read_roi`; the image may have any values.
+
+    Returns
+    -------
+    image : (x, y, z) float32
+        Voxels that are not finite are 0, and so is what the file does not cover. Another grid is
+        brought to the run's as by `read_roi`, linearly.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is not 3-D, or has no voxel inside the run's grid.
+    """
+    what = f"reference {path}"
+    voxels, affine = _read_numbers(path, what)
+    finite = np.nan_to_num(voxels.astype(np.float32), posinf=0, neginf=0)
+    return _on_grid(finite, affine, grid, "linear", what)
+
+
+def _read_numbers(path: str | Path, what: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Return voxels and affine of a 3-D image."""
+    try:
+        image = nibabel.load(path)
+        voxels = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+        affine = Grid(voxels.shape, image.affine).affine
+    except (*_UNREADABLE, RtfmriError) as error:
+        raise ConfigError(f"{what} must be a readable 3-D NIfTI image: {error}") from None
+    if voxels.dtype.kind not in "biuf":
+        raise ConfigError(f"{what}: voxels must be numbers, got {voxels.dtype}")
+    return voxels, affine
+
+
+def _read_weights(path: str | Path, what: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    weights, affine = _read_numbers(path, what)
+    if not np.isfinite(weights).all() or weights.min() < 0:
+        raise ConfigError(f"{what}: weights must be finite and 0 or more")
+    return weights, affine
+
+
+def _on_grid(
+    voxels: NDArray[Any],
+    affine: NDArray[np.float64],
+    grid: Grid,
+    interpolation: str,
+    what: str,
+) -> NDArray[np.float32]:
+    """Return *voxels* on *grid*, as `read_roi` tells."""
+    image = nibabel.Nifti1Image(voxels.astype(np.float32), affine)
+    if not Grid(image.shape, affine).matches(grid):
+        turn = ornt_transform(io_orientation(affine), io_orientation(grid.affine))
         image = image.as_reoriented(turn)
         if not Grid(image.shape, image.affine).matches(grid):
-            image = _resampled(image, grid, "nearest" if is_mask else "linear", str(path))
+            image = _resampled(image, grid, interpolation, what)
     on_grid = np.asfortranarray(image.dataobj, np.float32)
     if not on_grid.any():
-        raise ConfigError(f"ROI {path} has no voxel inside the run's grid, {grid}")
+        raise ConfigError(f"{what} has no voxel inside the run's grid, {grid}")
     return on_grid
 
 
-def _resampled(image: Any, grid: Grid, interpolation: str, name: str) -> Any:
+def _resampled(image: Any, grid: Grid, interpolation: str, what: str) -> Any:
     from nilearn.image import resample_img
     from nilearn.image.resampling import BoundingBoxError
 
@@ -162,10 +242,10 @@ def _resampled(image: Any, grid: Grid, interpolation: str, name: str) -> Any:
             copy_header=True,
         )
     except BoundingBoxError:
-        raise ConfigError(f"ROI {name} has no voxel inside the run's grid, {grid}") from None
+        raise ConfigError(f"{what} has no voxel inside the run's grid, {grid}") from None
     logger.warning(
-        "ROI %s is on another grid and was resampled (%s): %d of its %d voxels are left",
-        name,
+        "%s is on another grid and was resampled (%s): %d of its %d voxels are left",
+        what,
         interpolation,
         np.count_nonzero(moved.dataobj),
         np.count_nonzero(image.dataobj),
@@ -197,6 +277,31 @@ def _header_tr_s(image: Any) -> float | None:
     if unit not in _PER_SECOND or (unit == "unknown" and len(image.shape) < 4):
         return None
     return float(pixdim[4]) / _PER_SECOND[unit]
+
+
+def _slice_times_s(image: Any, path: Path) -> tuple[float, ...] | None:
+    """Return the acquisition start of each slice along the third axis, if the file tells.
+
+    Its header does where it names order and duration of the slices; else a BIDS sidecar may, the
+    JSON file of the same name (BIDS, "Timing parameters": seconds, from the volume's start).
+    """
+    n_slices = image.shape[2]
+    with suppress(HeaderDataError):
+        _, _, slice_axis = image.header.get_dim_info()
+        unit = image.header.get_xyzt_units()[1]
+        if slice_axis == 2 and unit in _PER_SECOND:
+            times = image.header.get_slice_times()
+            scaled = [None if time is None else time / _PER_SECOND[unit] for time in times]
+            if times_s := as_slice_times(scaled, n_slices):
+                return times_s
+    sidecar = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # none, no JSON, no times
+        fields = json.loads(sidecar.read_text(encoding="utf-8"))
+        times = fields.get("SliceTiming", [])
+        direction = fields.get("SliceEncodingDirection", "k")
+        if direction in ("k", "k-"):
+            return as_slice_times(times if direction == "k" else times[::-1], n_slices)
+    return None
 
 
 def _voxels(array: NDArray[Any]) -> NDArray[Any]:

@@ -32,9 +32,11 @@ def replay_simulator(
 
 def replay_scanner(scanner: Scanner, speed: float | None) -> Replay:
     """Return a reader of *scanner*'s run."""
+    slice_times_s = (scanner.tr_s / 2,) * scanner.grid.shape[2]
 
     def load(index: int) -> Volume:
-        return Volume(scanner.volume(index), scanner.grid, index, scanner.tr_s)
+        data = scanner.volume(index)
+        return Volume(data, scanner.grid, index, scanner.tr_s, slice_times_s=slice_times_s)
 
     n_volumes = scanner.n_volumes
     steps = (Step(f"volume {i}", i, partial(load, i)) for i in range(n_volumes))

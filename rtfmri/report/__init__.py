@@ -21,14 +21,15 @@ from rtfmri.report.regions import (
     THRESHOLD_T,
     Mask,
     active_region,
-    brain_mask,
     inactive_region,
     peak,
 )
 from rtfmri.stages.baseline import MIN_VOLUMES
+from rtfmri.stages.mask import brain_mask
+from rtfmri.stages.quality import PROBLEMS
 from rtfmri.volume import Grid
 
-__all__ = ["brain_mask", "peak", "write_report"]
+__all__ = ["peak", "write_report"]
 
 _DPI = 150
 _MIN_CLUSTER_VOXELS = 5
@@ -93,7 +94,9 @@ class _Report:
             if min(n_baseline, self.maps[name].n_volumes) >= MIN_VOLUMES
         }
         self.mean = self.maps[self.baseline].mean if n_baseline else recording.volume(0).data
-        self.brain = brain_mask(self.mean, recording.grid)
+        self.quality_maps = recording.quality_maps()
+        mask = self.quality_maps["mask"] > 0
+        self.brain = brain_mask(self.mean, recording.grid) if mask.all() else mask
         self.box, self.grid = _around(self.brain, recording.grid)
         self.over = "the anatomy" if anatomy else "the baseline image"
         brain_only = self.image(self.mean * self.brain)
@@ -112,7 +115,7 @@ class _Report:
                 parts += self.condition(condition, label)
         else:
             parts.append(self.mean_image())
-        parts += [self.courses(), self.latency()]
+        parts += [self.courses(), *self.quality(), self.latency()]
         return page(
             "Real-time fMRI run",
             f"{self.recording.grid}, one volume every {self.recording.tr_s:g} s, processed on "
@@ -129,7 +132,11 @@ class _Report:
         late = int(rows["deadline_missed"].sum())
         p50, p99 = np.percentile(rows["latency_ms"], (50, 99))
         counts = [f"{name}: {self.maps[name].n_volumes}" for name in recording.conditions]
-        counts.append(f"left out as transition: {int((~self.members.any(axis=1)).sum())}")
+        in_transition = rows["usable"] & ~self.members.any(axis=1)
+        in_transition[: recording.n_start_up] = False
+        counts.append(f"left out as transition: {int(in_transition.sum())}")
+        unusable = int((~rows["usable"][recording.n_start_up :]).sum())
+        counts.append(f"not usable: {unusable + recording.n_start_up}")
         reasons = Counter(reason for _, reason in skipped)
         task, baseline = recording.config.paradigm, recording.config.baseline
         facts = [
@@ -154,6 +161,7 @@ class _Report:
             (f"{p50:.3g} ms", "latency, p50"),
             (f"{p99:.3g} ms", "latency, p99"),
             (str(late), "late"),
+            (f"{rows['usable_min'][-1]:.1f} min", "usable"),
         ]
         return numbers(large) + section("The run", table((), facts))
 
@@ -286,6 +294,41 @@ class _Report:
             "Time courses", self.figure("time-courses", drawn, "Time courses"), text=text
         )
 
+    def quality(self) -> list[str]:
+        """Return how still the head was, and how steady the signal."""
+        recording, rows, n = self.recording, self.rows, len(self.rows)
+        limit_mm = recording.config.quality.fd_limit_mm
+        problems = recording.problems()[:n]
+        drawn = figures.quality(rows, problems, recording.n_start_up, limit_mm)
+        counts = Counter(problem for words in problems for problem in words)
+        facts = [(problem, str(k), PROBLEMS[problem]) for problem, k in counts.items()]
+        if recording.n_start_up:
+            facts.append(("start-up", str(recording.n_start_up), "before the signal was steady"))
+        section_of_run = section(
+            "Motion and quality",
+            self.figure("quality", drawn, "Head motion, framewise displacement and DVARS"),
+            table(("left out for", "volumes", "which means"), facts) if facts else "",
+            text="Where the head was, against the reference (translation along and rotation about "
+            "x to the right, y to the front, z to the top); how far it moved from volume to "
+            "volume (framewise displacement); and how much the picture changed from volume to "
+            "volume (DVARS). Orange lines mark volumes that were left out of the baseline and of "
+            "all maps. Look for steps and spikes, above all when they come with the task.",
+        )
+        tsnr = self.quality_maps["tsnr"]
+        if not tsnr.any():
+            return [section_of_run]
+        slices = figures.slices_through(self.brain, recording.grid, self.middle_mm())
+        drawn = figures.ratio(self.image(tsnr), slices, "tSNR")
+        median = float(np.median(tsnr[tsnr > 0]))
+        section_of_map = section(
+            "Signal against noise over time (tSNR)",
+            self.figure("tsnr", drawn, "Map of tSNR"),
+            text="The mean of each voxel over its standard deviation; the median is "
+            f"{median:.0f}. Dark patches inside the brain have too little signal (drop-out) or "
+            "too much movement; a dark rim means that the head moved.",
+        )
+        return [section_of_run, section_of_map]
+
     def latency(self) -> str:
         """Return how long everything took."""
         deadline_s = self.recording.config.deadline_s or self.recording.tr_s
@@ -296,7 +339,8 @@ class _Report:
             text="Left, how long each stage took (p50: half are faster; p99: one in 100 is "
             "slower); right, the time from each volume's last byte to its result, which should "
             "stay under the deadline (crosses are late). The axes are logarithmic. 'wait' is time "
-            "in the queue: it grows where volumes come faster than they are processed.",
+            "in the queue: it grows where volumes come faster than they are processed. On a GPU, "
+            "'fetch' is the time of all stages before it.",
         )
 
     def middle_mm(self) -> list[float]:

@@ -13,7 +13,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from rtfmri.paradigm import Event
-from rtfmri.recording import STAGES
+from rtfmri.pipeline import STAGES
+from rtfmri.recording import MOTION
 from rtfmri.volume import Grid
 
 WARM_COOL = LinearSegmentedColormap.from_list(
@@ -99,6 +100,16 @@ def subtraction(images: Mapping[str, Any], difference: tuple[str, Any], rows: Ro
         place = (left, bottom, width, top - bottom - 0.02)
         _draw(figure, place, rows, image, cmap=cmap, vmin=low, vmax=high)
         _colour_bar(figure, left + width / 2, cmap, low, high, "scanner units")
+    return figure
+
+
+def ratio(image: Any, rows: Rows, label: str) -> Figure:
+    """Draw slices of a map that is 0 or more, such as tSNR, on a scale from dark to bright."""
+    figure = Figure(figsize=(10, 0.7 + 1.75 * len(rows)), facecolor="black")
+    bottom, largest = 0.55 / figure.get_figheight(), _brightest(image)
+    place = (0, bottom, 1, 0.99 - bottom)
+    _draw(figure, place, rows, image, cmap="inferno", vmin=0, vmax=largest)
+    _colour_bar(figure, 0.5, "inferno", 0, largest, label)
     return figure
 
 
@@ -231,6 +242,69 @@ def time_courses(
     return figure
 
 
+def quality(
+    rows: NDArray[Any], problems: Sequence[Sequence[str]], n_start_up: int, fd_limit_mm: float
+) -> Figure:
+    """Draw motion, framewise displacement and DVARS, and what was wrong with which volume.
+
+    Parameters
+    ----------
+    rows : (n_volumes,) compound
+        `Recording.results`.
+    problems : sequence of sequence of str
+        Of each volume.
+    n_start_up : int
+        Volumes before the run began.
+    fd_limit_mm : float
+        Above which a volume was left out.
+    """
+    time_s = rows["time_s"]
+    found = sorted({problem for words in problems for problem in words})
+    names = (["start-up"] if n_start_up else []) + found
+    has_motion = bool(np.isfinite(rows["fd_mm"]).any())
+    heights = [3, 3, 2.4] * has_motion + [2.4] + [0.5 + 0.32 * len(names)] * bool(names)
+    figure = Figure(figsize=(10, 0.6 + 0.62 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
+    left = iter(panels[:, 0])
+    if has_motion:
+        for title, columns in (
+            ("Translation (mm)", MOTION[:3]),
+            ("Rotation (degrees)", MOTION[3:]),
+        ):
+            axes = next(left)
+            for axis, column, colour in zip("xyz", columns, _COLOURS, strict=False):
+                axes.plot(time_s, rows[column], color=colour, lw=1.1, label=axis)
+            axes.axhline(0, color=_GREY, lw=0.6)
+            axes.set_title(title, loc="left", size=10, color=_INK)
+            _legend_above(axes)
+        axes = next(left)
+        axes.plot(time_s, rows["fd_mm"], color=_INK, lw=0.9, label="Power")
+        axes.plot(time_s, rows["fd_jenkinson_mm"], color=_COLOURS[5], lw=0.9, label="Jenkinson")
+        axes.axhline(fd_limit_mm, color=_COLOURS[0], lw=1.2, ls="--", label="limit")
+        axes.set_ylim(0, 1.15 * max(fd_limit_mm, float(np.nanmax(rows["fd_mm"]))))
+        axes.set_title("Framewise displacement (mm)", loc="left", size=10, color=_INK)
+        _legend_above(axes)
+    axes = next(left)
+    axes.plot(time_s, rows["dvars_std"], color=_INK, lw=0.9)
+    axes.axhline(1, color=_GREY, lw=0.6)
+    axes.set_ylim(bottom=0)
+    axes.set_title("DVARS (standardised; 1 is ordinary)", loc="left", size=10, color=_INK)
+    for axes in panels[:, 0]:
+        _tidy(axes)
+        for start_s in time_s[~rows["usable"]]:
+            axes.axvline(start_s, color=_COLOURS[0], alpha=0.25, lw=1.5)
+    if names:
+        axes = next(left)
+        words = [("start-up", *w) if i < n_start_up else w for i, w in enumerate(problems)]
+        points = [(time_s[i], names.index(w)) for i, all_w in enumerate(words) for w in all_w]
+        axes.scatter(*zip(*points, strict=True), marker="|", s=60, color=_COLOURS[0])
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_title("Left out", loc="left", size=10, color=_INK)
+    panels[-1, 0].set_xlabel("time in the run (s)")
+    return figure
+
+
 def latency(rows: NDArray[Any], deadline_ms: float) -> Figure:
     """Draw how long each stage took, and the total of each volume against the deadline.
 
@@ -255,8 +329,7 @@ def latency(rows: NDArray[Any], deadline_ms: float) -> Figure:
     stages.set_xlim(floor, 8 * p99.max())
     stages.invert_yaxis()
     stages.set_title("Each stage", loc="left", size=10, color=_INK)
-    # Above the bars, which reach into every corner.
-    stages.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=7.5, frameon=False)
+    _legend_above(stages)
 
     late = rows["deadline_missed"]
     total.scatter(rows["index"][~late], times[-1][~late], s=7, color=_COLOURS[1])
@@ -285,6 +358,11 @@ def latency(rows: NDArray[Any], deadline_ms: float) -> Figure:
     for axes in (stages, total, spread):
         _tidy(axes)
     return figure
+
+
+def _legend_above(axes: Axes) -> None:
+    """Put the legend where no line or bar reaches."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
 
 
 def _tidy(axes: Axes) -> None:

@@ -1,13 +1,11 @@
 """What to look at in a map: the brain, the peak, an active and an inactive region."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.export import to_nifti
 from rtfmri.pipeline import ConditionMaps
 from rtfmri.volume import Grid
 
@@ -16,40 +14,11 @@ Mask = NDArray[np.bool_]
 THRESHOLD_T = 3.1
 """Display threshold: p < 0.001 one-sided of a normal variate, the usual one for drawing blobs."""
 MAX_REGION_VOXELS = 50
-_MIN_BRAIN_FRACTION = 0.02
-_AIR_FRACTION = 0.25
 _MARGIN_VOXELS = 3
 
 
-def brain_mask(mean: NDArray[Any], grid: Grid) -> Mask:
-    """Return the voxels of the brain, for display; never empty.
-
-    By nilearn's `compute_epi_mask`. Where that finds next to nothing (a single slice, say): all
-    voxels above a quarter of the image's 98th percentile.
-    """
-    from nilearn.masking import compute_epi_mask
-
-    mean = np.nan_to_num(mean)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            mask = np.asarray(compute_epi_mask(to_nifti(mean, grid)).dataobj) > 0
-        except (ValueError, IndexError):
-            mask = np.zeros(grid.shape, bool)
-    if mask.mean() < _MIN_BRAIN_FRACTION:
-        mask = mean >= _AIR_FRACTION * np.percentile(mean, 98)
-    return np.asarray(mask, bool)
-
-
-def peak(
-    maps: ConditionMaps, grid: Grid, brain: Mask | None = None
-) -> tuple[float, tuple[float, float, float]]:
-    """Return the largest Welch t inside the brain and its place in scanner mm (RAS+).
-
-    Without a mask the brain is found in the baseline's mean image, which takes a while.
-    """
-    if brain is None:
-        brain = brain_mask(maps.mean - maps.effect, grid)
+def peak(maps: ConditionMaps, grid: Grid, brain: Mask) -> tuple[float, tuple[float, float, float]]:
+    """Return the largest Welch t inside the brain and its place in scanner mm (RAS+)."""
     voxel = largest(maps.t, brain)
     x, y, z = (grid.affine @ [*voxel, 1])[:3]
     return float(maps.t[voxel]), (float(x), float(y), float(z))

@@ -6,6 +6,7 @@ Facts about the private headers are from nibabel's description of the CSA format
 
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,13 @@ _PERPENDICULAR = 1e-4
 
 
 def mosaic_dataset(
-    volume: NDArray[Any], grid: Grid, *, index: int, tr_s: float, series_uid: str
+    volume: NDArray[Any],
+    grid: Grid,
+    *,
+    index: int,
+    tr_s: float,
+    series_uid: str,
+    slice_times_s: Sequence[float] | None = None,
 ) -> "Dataset":
     """Return one volume as a Siemens mosaic.
 
@@ -45,11 +52,14 @@ def mosaic_dataset(
         Seconds between volumes.
     series_uid : str
         Series instance UID; all other identifiers derive from it and *index*.
+    slice_times_s : sequence of float, optional
+        Acquisition start of each slice after the volume's, in seconds; the middle of the TR for
+        all of them by default, as in a 3-D readout.
 
     Raises
     ------
     VolumeError
-        If the volume is of another type or shape.
+        If the volume is of another type or shape, or has not one time for each slice.
     GridError
         If the axes are not perpendicular.
 
@@ -57,8 +67,7 @@ def mosaic_dataset(
     -----
     ImagePositionPatient is the corner of the whole mosaic as if it were one slice: half of what
     the mosaic is larger than a slice, along rows and columns, lies between it and the first
-    slice's own position. All slices are given the middle of the TR as their time, as in a 3-D
-    readout.
+    slice's own position.
     """
     if volume.dtype not in (np.int16, np.uint16):
         raise VolumeError(f"a DICOM mosaic holds int16 or uint16, got {volume.dtype}")
@@ -67,6 +76,11 @@ def mosaic_dataset(
     n_x, n_y, n_z = grid.shape
     size_x_mm, size_y_mm, size_z_mm = (float(size) for size in grid.voxel_size_mm)
     to_patient = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine
+    times_s = [tr_s / 2] * n_z if slice_times_s is None else slice_times_s
+    if len(times_s) != n_z:
+        raise VolumeError(
+            f"slice_times_s must have one time for each of {n_z} slices, got {len(times_s)}"
+        )
     row, column, normal = (to_patient[:3, :3] / grid.voxel_size_mm).T
     cosines = np.abs([row @ column, row @ normal, column @ normal])
     if cosines.max() > _PERPENDICULAR:
@@ -84,7 +98,7 @@ def mosaic_dataset(
         "AcquisitionMatrixText": ("SH", [f"{n_x}*{n_y}"]),
         "NumberOfImagesInMosaic": ("US", [n_z]),
         "SliceNormalVector": ("FD", normal.tolist()),
-        "MosaicRefAcqTimes": ("FD", [500 * tr_s] * n_z),
+        "MosaicRefAcqTimes": ("FD", [1000.0 * time_s for time_s in times_s]),
         "BandwidthPerPixelPhaseEncode": ("FD", [1000 / (0.5 * n_y)]),
         "PhaseEncodingDirectionPositive": ("IS", [1]),
         "ProtocolSliceNumber": ("IS", [0]),
@@ -101,6 +115,7 @@ def mosaic_dataset(
         thickness=size_z_mm,
         matrix=(n_x, n_y),
         csa=(_csa(image_csa), _csa({"Isocentered": ("IS", [])})),
+        acquisition="3D" if slice_times_s is None else "2D",
     )
 
 
@@ -112,9 +127,17 @@ def write_mosaic(
     index: int,
     tr_s: float,
     series_uid: str,
+    slice_times_s: Sequence[float] | None = None,
 ) -> None:
     """Write what `mosaic_dataset` returns to *path*, explicit VR little endian."""
-    dataset = mosaic_dataset(volume, grid, index=index, tr_s=tr_s, series_uid=series_uid)
+    dataset = mosaic_dataset(
+        volume,
+        grid,
+        index=index,
+        tr_s=tr_s,
+        series_uid=series_uid,
+        slice_times_s=slice_times_s,
+    )
     dataset.save_as(Path(path), enforce_file_format=True)
 
 
@@ -139,6 +162,7 @@ def _dataset(
     thickness: float,
     matrix: tuple[int, int],
     csa: tuple[bytes, bytes],
+    acquisition: str,
 ) -> "Dataset":
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
@@ -175,8 +199,8 @@ def _dataset(
     d.ScanningSequence = "EP"
     d.SequenceVariant = "SK"
     d.ScanOptions = "FS"
-    d.SequenceName = "*epfid3d1"
-    d.MRAcquisitionType = "3D"
+    d.SequenceName = f"*epfid{acquisition.lower()}1"
+    d.MRAcquisitionType = acquisition
     d.PatientPosition = "HFS"
     d.MagneticFieldStrength = "3"
     d.FlipAngle = "75"

@@ -118,6 +118,7 @@ def _write_dicom(path: Path, volume: Volume, series_uid: str) -> None:
         index=volume.index,
         tr_s=volume.tr_s,
         series_uid=series_uid,
+        slice_times_s=volume.slice_times_s,
     )
 
 

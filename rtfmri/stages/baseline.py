@@ -40,7 +40,8 @@ class BaselineStage:
     """Keeps each condition's running moments and subtracts the baseline from each volume.
 
     The conditions are averaged over all their volumes; the baseline, condition 0, according to
-    `BaselineSettings.kind`. A volume is compared with the baseline volumes before it, then counts.
+    `BaselineSettings.kind`. A volume is compared with the baseline volumes before it, then counts,
+    if it is usable: the backend knows that at once, the stage when it is told by `settle`.
 
     Parameters
     ----------
@@ -83,10 +84,11 @@ class BaselineStage:
         self._backend = backend
         self._settings = settings
         self._n_voxels = n_voxels
+        self._pending: list[tuple[ConditionState, float]] = []
         sliding = settings.kind == "sliding"
         self._ring = backend.zeros((settings.window_volumes, n_voxels), dtype) if sliding else None
 
-    def push(self, volume: Array, members: Sequence[int]) -> None:
+    def push(self, volume: Array, members: Sequence[int], usable: Array | None = None) -> None:
         """Subtract the baseline from *volume*, then fold it into its conditions.
 
         Parameters
@@ -95,21 +97,29 @@ class BaselineStage:
             On the backend.
         members : sequence of int
             The conditions it counts for; none at all is fine.
+        usable : (1,) float32, optional
+            On the backend; 0 leaves all conditions as they are, None says 1. `settle` is to be
+            called with the same.
         """
         self.ready = self.conditions[0].n_volumes >= MIN_VOLUMES
-        sliding = self._ring is not None and 0 in members
-        counted = [
-            (self.conditions[condition], gain)
-            for condition in members
-            if (gain := self._gain(condition)) and not (sliding and condition == 0)
-        ]
-        if sliding:
-            self._slide(volume)
+        self._pending = [(self.conditions[c], gain) for c in members if (gain := self._gain(c))]
+        others = list(self._pending)
+        if self._ring is not None and 0 in members:
+            others = [(state, gain) for state, gain in others if state is not self.conditions[0]]
+            self._slide(volume, usable)
         else:
-            self._subtract(volume, *(counted.pop(0) if counted else (None, 0.0)))
-        for state, gain in counted:
-            self._backend.fold(volume, state.moments, gain=gain)
+            into, gain = others.pop(0) if others else (None, 0.0)
+            self._subtract(volume, into, gain, usable)
+        for state, gain in others:
+            self._backend.fold(volume, state.moments, gain=gain, usable=usable)
+
+    def settle(self, usable: bool = True) -> None:
+        """Count the volume that was pushed last, if it was usable."""
+        for state, gain in self._pending if usable else ():
             state.count(gain)
+            if self._ring is not None and state is self.conditions[0]:
+                state.sum_squared_weights = gain  # all volumes in the window weigh the same
+        self._pending = []
 
     def contrast(self, condition: int) -> Contrast | None:
         """Return effect, PSC and Welch's t of *condition* against the baseline.
@@ -135,14 +145,19 @@ class BaselineStage:
         """Weight of the next volume of *condition*; 0 leaves it out."""
         n = self.conditions[condition].n_volumes + 1
         if condition == 0:
-            if self._settings.kind == "fixed" and n > self._settings.window_volumes:
+            window = self._settings.window_volumes
+            if self._settings.kind == "sliding":
+                return 1 / min(n, window)
+            if self._settings.kind == "fixed" and n > window:
                 return 0.0
             if self._settings.kind == "exponential":
                 # A plain mean at first, so that the first volume weighs no more than the others.
-                return max(1 / n, 2 / (self._settings.window_volumes + 1))
+                return max(1 / n, 2 / (window + 1))
         return 1 / n
 
-    def _subtract(self, volume: Array, into: ConditionState | None, gain: float) -> None:
+    def _subtract(
+        self, volume: Array, into: ConditionState | None, gain: float, usable: Array | None
+    ) -> None:
         baseline = self.conditions[0]
         self._backend.subtract(
             volume,
@@ -151,15 +166,13 @@ class BaselineStage:
             bessel=baseline.bessel,
             into=into.moments if into else None,
             gain=gain,
+            usable=usable,
         )
-        if into:
-            into.count(gain)
 
-    def _slide(self, volume: Array) -> None:
+    def _slide(self, volume: Array, usable: Array | None) -> None:
         baseline, window = self.conditions[0], self._settings.window_volumes
         slot = baseline.n_volumes % window
         full = baseline.n_volumes >= window
-        n_after = min(baseline.n_volumes + 1, window)
         self._backend.slide(
             volume,
             baseline.moments,
@@ -167,11 +180,10 @@ class BaselineStage:
             slot,
             self.subtraction,
             bessel=baseline.bessel,
-            gain=1 / n_after,
+            gain=self._gain(0),
             full=full,
+            usable=usable,
         )
-        baseline.n_volumes += 1
-        baseline.sum_squared_weights = 1 / n_after
         if full:
             start, stop = (self._n_voxels * part // window for part in (slot, slot + 1))
             if stop > start:

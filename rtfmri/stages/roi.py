@@ -36,8 +36,8 @@ class RoiStage:
     ----------
     backend : Backend
         Executes the averaging.
-    rois : mapping of str to (x, y, z) array
-        Weights, 0 or more, on the run's grid; a mask is one case. Each is scaled to sum 1.
+    rois : mapping of str to array
+        Weights, 0 or more, of the voxels that are pushed; a mask is one case.
     n_conditions, settings
         As for `BaselineStage`.
 
@@ -56,16 +56,23 @@ class RoiStage:
     ) -> None:
         self.names = tuple(rois)
         self._backend = backend
-        self._table = RoiTable(*(backend.copy(part) for part in _roi_table(rois)))
+        self._table = RoiTable(*(backend.copy(part) for part in roi_table(rois)))
         host = backend if backend.name == "cpu" else open_backend("cpu")
         self._baseline = BaselineStage(host, len(self.names), n_conditions, settings, np.float32)
 
-    def push(self, volume: Array, members: Sequence[int]) -> dict[str, RoiValue]:
-        """Return each region's value for *volume*, whose conditions are *members*."""
+    def push(self, volume: Array, means: Array) -> None:
+        """Average each region of *volume* into *means*, (n_rois,) float64 on the backend."""
+        if self.names:
+            self._backend.roi_means(volume, self._table, means)
+
+    def compare(
+        self, means: NDArray[np.float64], members: Sequence[int], usable: bool = True
+    ) -> dict[str, RoiValue]:
+        """Return each region's value; *means*, on the host, count for *members* if usable."""
         if not self.names:
             return {}
-        means = self._backend.roi_means(volume, self._table)
-        self._baseline.push(means, members)
+        self._baseline.push(means.astype(np.float32), members if usable else ())
+        self._baseline.settle()
         _, psc, z = self._baseline.subtraction
         nan = np.nan
         return {
@@ -82,7 +89,14 @@ class RoiStage:
         return {name: float(t) for name, t in zip(self.names, values, strict=True)}
 
 
-def _roi_table(rois: Mapping[str, NDArray[Any]]) -> RoiTable:
+def roi_table(rois: Mapping[str, NDArray[Any]]) -> RoiTable:
+    """Return *rois*, arrays of weights, as a table on the host; each is scaled to sum 1.
+
+    Raises
+    ------
+    ConfigError
+        If a region is empty or a weight is negative or not finite.
+    """
     offsets, voxels, weights = [0], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
     for name, image in rois.items():
         flat = np.asarray(image, np.float64).reshape(-1, order="F")

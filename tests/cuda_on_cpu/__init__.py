@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,10 @@ class HostStaging:
         return host.copy()
 
     download = fetch = copy
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        return work
 
     def synchronize(self) -> None:
         pass

@@ -266,6 +266,8 @@ const char* launch(void (*function)(A...), const unsigned* grid, const unsigned*
 #define __syncthreads() cuda_on_cpu::wait(cuda_on_cpu::State::at_block_barrier, __LINE__)
 #define __syncwarp(...) cuda_on_cpu::wait(cuda_on_cpu::State::at_warp_barrier, __LINE__)
 
+inline void __threadfence() {}  // blocks run one after another
+
 // As on a GPU, a lane whose source would lie outside the warp gets its own value.
 template <class T> T __shfl_down_sync(unsigned, T value, unsigned delta)
 {

@@ -1,6 +1,7 @@
 """The cpu backend: numba kernels on NumPy arrays."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 # Threads that spin for milliseconds while they wait fight with whatever else runs, readers and
@@ -15,15 +16,26 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.backends import Array, Contrast, Moments, RoiTable, Subtraction, exercise
-from rtfmri.backends.cpu import moments, roi, smooth
+from rtfmri.backends import Array, exercise
+from rtfmri.backends.cpu.moments import MomentsOperations
+from rtfmri.backends.cpu.quality import QualityOperations
+from rtfmri.backends.cpu.register import RegisterOperations
+from rtfmri.backends.cpu.reslice import ResliceOperations
+from rtfmri.backends.cpu.roi import RoiOperations
+from rtfmri.backends.cpu.slice_timing import SliceTimingOperations
+from rtfmri.backends.cpu.smooth import SmoothOperations
 from rtfmri.errors import DeviceError
 
-_SMALLEST_SHARE = 4096
-"""Voxels below which another thread costs more than it saves."""
 
-
-class CpuBackend:
+class CpuBackend(
+    MomentsOperations,
+    QualityOperations,
+    RegisterOperations,
+    ResliceOperations,
+    RoiOperations,
+    SliceTimingOperations,
+    SmoothOperations,
+):
     """The operations of `rtfmri.backends.Backend` on this machine's processor.
 
     Parameters
@@ -55,6 +67,10 @@ class CpuBackend:
         """See `rtfmri.backends.Backend.download`."""
         return np.array(array)
 
+    def fetch(self, array: Array) -> NDArray[Any]:
+        """See `rtfmri.backends.Backend.fetch`."""
+        return np.array(array)
+
     def zeros(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Array:
         """See `rtfmri.backends.Backend.zeros`."""
         return np.zeros(shape, dtype)
@@ -63,78 +79,10 @@ class CpuBackend:
         """See `rtfmri.backends.Backend.warm`."""
         exercise(self, dtype)
 
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `rtfmri.backends.Backend.record`."""
+        work()
+        return work
+
     def synchronize(self) -> None:
         """See `rtfmri.backends.Backend.synchronize`; nothing is ever pending here."""
-
-    def subtract(
-        self,
-        volume: Array,
-        baseline: Moments,
-        out: Subtraction,
-        *,
-        bessel: float,
-        into: Moments | None,
-        gain: float,
-    ) -> None:
-        """See `rtfmri.backends.Backend.subtract`."""
-        target, gain = (baseline, 0.0) if into is None else (into, gain)
-        scalars = np.float32(bessel), np.float32(gain), self._share(volume.size)
-        moments.subtract(volume, *baseline, *out, *target, *scalars)
-
-    def fold(self, volume: Array, into: Moments, *, gain: float) -> None:
-        """See `rtfmri.backends.Backend.fold`."""
-        moments.fold(volume, *into, np.float32(gain), self._share(volume.size))
-
-    def slide(
-        self,
-        volume: Array,
-        baseline: Moments,
-        ring: Array,
-        slot: int,
-        out: Subtraction,
-        *,
-        bessel: float,
-        gain: float,
-        full: bool,
-    ) -> None:
-        """See `rtfmri.backends.Backend.slide`."""
-        scalars = np.float32(bessel), np.float32(gain), full, self._share(volume.size)
-        moments.slide(volume, *baseline, ring[slot], *out, *scalars)
-
-    def refresh(self, ring: Array, baseline: Moments, start: int, stop: int) -> None:
-        """See `rtfmri.backends.Backend.refresh`."""
-        moments.refresh(ring, *baseline, start, stop, self._share(stop - start))
-
-    def contrast(
-        self,
-        condition: Moments,
-        n_condition: float,
-        baseline: Moments,
-        n_baseline: float,
-        out: Contrast,
-    ) -> None:
-        """See `rtfmri.backends.Backend.contrast`."""
-        per_dof = np.float32(1 / (n_condition - 1)), np.float32(1 / (n_baseline - 1))
-        share = self._share(baseline.mean.size)
-        moments.contrast(*condition, *baseline, *out, *per_dof, share)
-
-    def roi_means(self, volume: Array, rois: RoiTable) -> NDArray[np.float32]:
-        """See `rtfmri.backends.Backend.roi_means`."""
-        means = np.empty(rois.offsets.size - 1, np.float32)
-        roi.roi_means(volume, *rois, means)
-        return means
-
-    def smooth(
-        self,
-        volume: Array,
-        shape: tuple[int, int, int],
-        taps: tuple[Array, Array, Array],
-        scratch: Array,
-        out: Array,
-    ) -> None:
-        """See `rtfmri.backends.Backend.smooth`."""
-        share = min(self._share(volume.size), shape[2])
-        smooth.smooth(volume, *shape, *taps, scratch, out, share)
-
-    def _share(self, n_voxels: int) -> int:
-        return max(1, min(self.threads, n_voxels // _SMALLEST_SHARE))

@@ -13,6 +13,9 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from rtfmri.backends import Array, Contrast, Moments, Subtraction
+from rtfmri.backends.cpu._threads import Threads
+
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _HUNDRED = np.float32(100)
@@ -170,3 +173,72 @@ def contrast(
             e[i] = d
             p[i] = _psc(d, mb[i])
             q[i] = _over_root(d, sa[i] * per_dof_a + sb[i] * per_dof_b)
+
+
+class MomentsOperations(Threads):
+    """The operations of `rtfmri.backends.Backend` on the baseline."""
+
+    def subtract(
+        self,
+        volume: Array,
+        baseline: Moments,
+        out: Subtraction,
+        *,
+        bessel: float,
+        into: Moments | None,
+        gain: float,
+        usable: Array | None = None,
+    ) -> None:
+        """See `rtfmri.backends.Backend.subtract`."""
+        if into is None or _refused(usable):
+            into, gain = baseline, 0.0
+        scalars = np.float32(bessel), np.float32(gain), self._share(volume.size)
+        subtract(volume, *baseline, *out, *into, *scalars)
+
+    def fold(
+        self, volume: Array, into: Moments, *, gain: float, usable: Array | None = None
+    ) -> None:
+        """See `rtfmri.backends.Backend.fold`."""
+        if not _refused(usable):
+            fold(volume, *into, np.float32(gain), self._share(volume.size))
+
+    def slide(
+        self,
+        volume: Array,
+        baseline: Moments,
+        ring: Array,
+        slot: int,
+        out: Subtraction,
+        *,
+        bessel: float,
+        gain: float,
+        full: bool,
+        usable: Array | None = None,
+    ) -> None:
+        """See `rtfmri.backends.Backend.slide`."""
+        if _refused(usable):
+            self.subtract(volume, baseline, out, bessel=bessel, into=None, gain=0.0)
+            return
+        scalars = np.float32(bessel), np.float32(gain), full, self._share(volume.size)
+        slide(volume, *baseline, ring[slot], *out, *scalars)
+
+    def refresh(self, ring: Array, baseline: Moments, start: int, stop: int) -> None:
+        """See `rtfmri.backends.Backend.refresh`."""
+        refresh(ring, *baseline, start, stop, self._share(stop - start))
+
+    def contrast(
+        self,
+        condition: Moments,
+        n_condition: float,
+        baseline: Moments,
+        n_baseline: float,
+        out: Contrast,
+    ) -> None:
+        """See `rtfmri.backends.Backend.contrast`."""
+        per_dof = np.float32(1 / (n_condition - 1)), np.float32(1 / (n_baseline - 1))
+        share = self._share(baseline.mean.size)
+        contrast(*condition, *baseline, *out, *per_dof, share)
+
+
+def _refused(usable: Array | None) -> bool:
+    return usable is not None and not usable[0]

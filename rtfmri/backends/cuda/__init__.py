@@ -1,6 +1,6 @@
 """The cuda backend: CuPy arrays, and the kernels in ``kernels/``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,15 +9,27 @@ from numpy.typing import DTypeLike, NDArray
 from rtfmri.backends import Array, exercise
 from rtfmri.backends.cuda._launch import PinnedStaging
 from rtfmri.backends.cuda.moments import MomentsOperations
+from rtfmri.backends.cuda.quality import QualityOperations
+from rtfmri.backends.cuda.register import RegisterOperations
+from rtfmri.backends.cuda.reslice import ResliceOperations
 from rtfmri.backends.cuda.roi import RoiOperations
+from rtfmri.backends.cuda.slice_timing import SliceTimingOperations
 from rtfmri.backends.cuda.smooth import SmoothOperations
 
 
-class CudaBackend(MomentsOperations, RoiOperations, SmoothOperations):
+class CudaBackend(
+    MomentsOperations,
+    QualityOperations,
+    RegisterOperations,
+    ResliceOperations,
+    RoiOperations,
+    SliceTimingOperations,
+    SmoothOperations,
+):
     """The operations of `rtfmri.backends.Backend` on one NVIDIA GPU.
 
-    Everything is queued on one stream, in the order asked for; only `roi_means`, `download`,
-    `copy` and `synchronize` wait for it. Arrays must be C-contiguous; sizes are not checked.
+    Everything is queued on one stream, in the order asked for; only `fetch`, `download`, `copy`
+    and `synchronize` wait for it. Arrays must be C-contiguous; sizes are not checked.
     """
 
     name = "cuda"
@@ -34,10 +46,18 @@ class CudaBackend(MomentsOperations, RoiOperations, SmoothOperations):
         """See `rtfmri.backends.Backend.download`."""
         return self._staging.download(array)
 
+    def fetch(self, array: Array) -> NDArray[Any]:
+        """See `rtfmri.backends.Backend.fetch`; the per-TR path's one wait for the GPU."""
+        return self._staging.fetch(array)
+
     def zeros(self, shape: int | tuple[int, ...], dtype: DTypeLike = np.float32) -> Array:
         """See `rtfmri.backends.Backend.zeros`."""
         with self._staging.stream:
             return self._xp.zeros(shape, dtype)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `rtfmri.backends.Backend.record`."""
+        return self._staging.record(work)
 
     def synchronize(self) -> None:
         """See `rtfmri.backends.Backend.synchronize`."""

@@ -42,6 +42,10 @@ class Staging(Protocol):
         """Return a copy of a small *array* by the shortest way; for the per-TR path alone."""
         ...
 
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `rtfmri.backends.Backend.record`."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything on the stream is done."""
         ...
@@ -102,6 +106,16 @@ class PinnedStaging:
         array.get(stream=self.stream, out=pinned)
         return pinned.copy()
 
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """See `rtfmri.backends.Backend.record`."""
+        work()  # compiles what is missing: a compiler cannot be captured
+        self.stream.synchronize()
+        with self.stream:
+            self.stream.begin_capture()
+            work()
+            graph = self.stream.end_capture()
+        return lambda: graph.launch(self.stream)
+
     def synchronize(self) -> None:
         """See `Staging.synchronize`."""
         self.stream.synchronize()
@@ -137,6 +151,7 @@ class Launcher:
         self._staging = staging
         self._modules: dict[tuple[str, np.dtype[Any]], Any] = {}
         self._kernels: dict[tuple[str, str, np.dtype[Any]], Any] = {}
+        self._always = staging.copy(np.ones(1, np.float32))
 
     def _launch(self, file: str, name: str, voxel: DTypeLike, n_blocks: int, *args: Any) -> None:
         """Launch kernel *name* of *file*, specialised on the dtype *voxel* of a raw voxel.

@@ -20,15 +20,20 @@ class MomentsOperations(Launcher):
         bessel: float,
         into: Moments | None,
         gain: float,
+        usable: Array | None = None,
     ) -> None:
         """See `rtfmri.backends.Backend.subtract`."""
         target, gain = (baseline, 0.0) if into is None else (into, gain)
         scalars = np.float32(bessel), np.float32(gain)
-        self._per_voxel("subtract", volume, volume, *baseline, *out, *target, *scalars)
+        arrays = (volume, *baseline, *out, *target, self._always if usable is None else usable)
+        self._per_voxel("subtract", volume, *arrays, *scalars)
 
-    def fold(self, volume: Array, into: Moments, *, gain: float) -> None:
+    def fold(
+        self, volume: Array, into: Moments, *, gain: float, usable: Array | None = None
+    ) -> None:
         """See `rtfmri.backends.Backend.fold`."""
-        self._per_voxel("fold", volume, volume, *into, np.float32(gain))
+        arrays = (volume, *into, self._always if usable is None else usable)
+        self._per_voxel("fold", volume, *arrays, np.float32(gain))
 
     def slide(
         self,
@@ -41,10 +46,12 @@ class MomentsOperations(Launcher):
         bessel: float,
         gain: float,
         full: bool,
+        usable: Array | None = None,
     ) -> None:
         """See `rtfmri.backends.Backend.slide`."""
         scalars = np.float32(bessel), np.float32(gain), np.int32(full)
-        self._per_voxel("slide", volume, volume, *baseline, ring[slot], *out, *scalars)
+        gate = self._always if usable is None else usable
+        self._per_voxel("slide", volume, volume, *baseline, ring[slot], *out, gate, *scalars)
 
     def refresh(self, ring: Array, baseline: Moments, start: int, stop: int) -> None:
         """See `rtfmri.backends.Backend.refresh`."""

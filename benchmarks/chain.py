@@ -1,0 +1,148 @@
+"""The whole path of a volume: from a Siemens mosaic's pixels to the ROIs' values."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfmri.backends import Backend
+from rtfmri.config import Config, SmoothingSettings
+from rtfmri.pipeline import Pipeline, Result
+from rtfmri.volume import Grid, Volume
+
+from .measure import Clock, grid_name
+from .phantom import Phantom, walk
+
+N_PUSHES = 200
+"""Volumes that are timed with hot and with cold caches each, after `_FIRST` that are not."""
+_FIRST = 10
+_N_IMAGES = 12
+"""Different volumes, taken there and back, so that the head never jumps."""
+FWHM_MM = 6.0
+_ROIS_MM = {"left": (-34.0, -12.0, 18.0), "right": (34.0, -12.0, 18.0)}
+_ROI_RADIUS_MM = 10.0
+TOTAL, FILE = "total", "decode of a DICOM file"
+
+
+def run(
+    backend: Backend,
+    clock: Clock,
+    grids: Sequence[tuple[int, int, int]],
+    rounds: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of the table ``chain``, one a grid and step; *rounds* is not for it."""
+    rows = []
+    for shape in grids:
+        progress(f"the whole chain, {grid_name(shape)}")
+        rows += _rows(backend, clock, shape)
+    return {"chain": rows}
+
+
+def _rows(backend: Backend, clock: Clock, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
+    phantom, motion = Phantom(shape), walk(_N_IMAGES)
+    images = [phantom.volume(i, motion[i]) for i in range(_N_IMAGES)]
+    there_and_back = [*images, *images[-2:0:-1]]
+    mosaics = [tiled(image) for image in there_and_back]
+    pipeline = _pipeline(backend, phantom)
+
+    def push(i: int) -> Result:
+        arrived_s = time.perf_counter()
+        data = taken_apart(mosaics[i % len(mosaics)], shape)
+        return pipeline.push(Volume(data, phantom.grid, i, tr_s=1.0, arrived_s=arrived_s))
+
+    for i in range(_FIRST):
+        push(i)
+    steps: dict[str, dict[str, list[float]]] = {"hot": {}, "cold": {}}
+    for i in range(_FIRST, _FIRST + 2 * N_PUSHES):
+        caches = "hot" if i < _FIRST + N_PUSHES else "cold"
+        if caches == "cold":
+            clock.largest()
+            backend.synchronize()
+        result = push(i)
+        for step, ms in (*result.stage_ms.items(), (TOTAL, result.latency_ms)):
+            steps[caches].setdefault(step, []).append(ms)
+    if backend.name == "cpu" and find_spec("pydicom") and find_spec("nibabel"):
+        steps["hot"][FILE] = _decode_ms(images, phantom.grid)
+    return [
+        {
+            "grid": grid_name(shape),
+            "step": step,
+            "n": len(values_ms),
+            **{
+                caches: _percentiles_ms(values[step])
+                for caches, values in steps.items()
+                if step in values
+            },
+        }
+        for step, values_ms in steps["hot"].items()
+        if any(values_ms)
+    ]
+
+
+def _pipeline(backend: Backend, phantom: Phantom) -> Pipeline:
+    device: Any = backend.name
+    config = Config(device=device, smoothing=SmoothingSettings(fwhm_mm=FWHM_MM))
+    rois = {name: _sphere(phantom.grid, place_mm) for name, place_mm in _ROIS_MM.items()}
+    # nilearn finds the mask in a run; without it, a bare GPU machine gets about the same one.
+    head = phantom.signal(np.zeros(6)) > phantom.signal(np.zeros(6)).max() / 4
+    return Pipeline(phantom.grid, config, rois=rois, mask=None if find_spec("nilearn") else head)
+
+
+def tiled(volume: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Return a volume (x, y, z) as a Siemens mosaic's pixels: its slices, row by row."""
+    n_x, n_y, n_z = volume.shape
+    n_tiles = math.ceil(math.sqrt(n_z))
+    tiles = np.zeros((n_tiles**2, n_y, n_x), volume.dtype)
+    tiles[:n_z] = volume.T
+    return (
+        tiles.reshape(n_tiles, n_tiles, n_y, n_x)
+        .swapaxes(1, 2)
+        .reshape(n_tiles * n_y, n_tiles * n_x)
+    )
+
+
+def taken_apart(mosaic: NDArray[np.int16], shape: tuple[int, int, int]) -> NDArray[np.int16]:
+    """Return the volume (x, y, z) of a mosaic, by the steps of `rtfmri.readers.dicom`."""
+    n_x, n_y, n_z = shape
+    n_tiles = mosaic.shape[1] // n_x
+    slices = mosaic.reshape(n_tiles, n_y, n_tiles, n_x).swapaxes(1, 2).reshape(-1, n_y, n_x)
+    return slices[:n_z].T
+
+
+def _decode_ms(images: Sequence[NDArray[np.int16]], grid: Grid) -> list[float]:
+    """Return the times of `rtfmri.readers.dicom.decode` on whole files, header and all."""
+    from rtfmri.readers.dicom import decode
+    from rtfmri.simulator.dicom import mosaic_dataset
+
+    files = []
+    for i, image in enumerate(images):
+        file = BytesIO()
+        dataset = mosaic_dataset(image, grid, index=i, tr_s=1.0, series_uid="1.2.3")
+        dataset.save_as(file, enforce_file_format=True)
+        files.append(file.getvalue())
+    times_ms = []
+    for i in range(N_PUSHES):
+        started_s = time.perf_counter()
+        decode(files[i % len(files)])
+        times_ms.append(1e3 * (time.perf_counter() - started_s))
+    return times_ms
+
+
+def _percentiles_ms(values_ms: Sequence[float]) -> dict[str, float]:
+    p50, p99 = np.percentile(values_ms, [50, 99])
+    return {"p50_ms": float(p50), "p99_ms": float(p99), "min_ms": min(values_ms)}
+
+
+def _sphere(grid: Grid, centre_mm: Sequence[float]) -> NDArray[np.float32]:
+    voxels = np.indices(grid.shape).reshape(3, -1)
+    places_mm = (grid.affine[:3, :3] @ voxels).T + grid.affine[:3, 3]
+    distances_mm = np.linalg.norm(places_mm - centre_mm, axis=1)
+    inside = distances_mm <= max(_ROI_RADIUS_MM, distances_mm.min())
+    weights: NDArray[np.float32] = inside.reshape(grid.shape).astype(np.float32)
+    return weights

@@ -1,0 +1,401 @@
+"""Motion correction against python-rtspm and SimpleITK on heads whose motion is known; smoothing.
+
+Neither peer is needed: `pip install 'rtfmri[bench]'` brings them.
+"""
+
+import importlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rtfmri.backends import Backend
+from rtfmri.config import MotionSettings
+from rtfmri.stages.motion import MotionStage
+from rtfmri.stages.region import copied_to, region_of
+from rtfmri.stages.smoothing import SmoothingStage
+from rtfmri.volume import Grid
+
+from .measure import Call, Clock, HostClock, grid_name, take_turns
+from .phantom import Phantom, deviation_mm, jumps, rigid, walk
+
+MOST_VOLUMES, FEWEST_VOLUMES = 40, 8
+_MOST_VOXELS = 12_000_000
+"""Of all volumes of a grid together: there are fewer of large ones, which take peers seconds."""
+_N_ACTIVE = 5
+FWHM_MM = 6.0
+
+_ITK_FWHM_MM, _ITK_POINTS = 5.0, 8_000
+_ITK_STEP, _ITK_LEAST_STEP, _ITK_MOST_STEPS, _ITK_RELAXATION = 0.2, 1e-3, 50, 0.3
+_ITK_LEVER_MM = 30.0
+"""A radian about an axis counts as this many mm, about the mean distance from it."""
+
+
+class Corrector(Protocol):
+    """Something that estimates motion against the volume it was made with, and undoes it."""
+
+    def load(self, volume: NDArray[np.int16]) -> None:
+        """Take the next volume (x, y, z), x fastest, in the form it wants; this is not timed."""
+        ...
+
+    def estimate(self) -> None:
+        """Find the head in it."""
+        ...
+
+    def reslice(self) -> None:
+        """Sample it where the head is."""
+        ...
+
+    def transform(self) -> NDArray[np.float64]:
+        """Return the 4x4 transform from the head at rest to the head in the volume, RAS+ mm."""
+        ...
+
+
+class Rtfmri:
+    """Ours, from a volume in the host's memory to a pose and a volume on the device."""
+
+    def __init__(self, backend: Backend, grid: Grid, reference: NDArray[np.int16]) -> None:
+        self._backend, self._grid = backend, grid
+        self._stage = MotionStage(backend, grid)
+        self._stage.set_reference(reference.reshape(-1, order="F"))
+        self._region = copied_to(backend, region_of(np.ones(grid.shape, np.bool_)))
+        self._out = backend.zeros(grid.n_voxels)
+
+    def load(self, volume: NDArray[np.int16]) -> None:
+        """See `Corrector.load`."""
+        self._host = volume.reshape(-1, order="F")
+
+    def estimate(self) -> None:
+        """See `Corrector.estimate`; the way to the device is part of it."""
+        self._voxels = self._backend.upload(self._host)
+        self._stage.push(self._voxels)
+        self._backend.synchronize()
+
+    def reslice(self) -> None:
+        """See `Corrector.reslice`: the whole volume, as the settings have it by default."""
+        self._backend.reslice(
+            self._voxels,
+            self._grid.shape,
+            self._stage.pose.matrix,
+            MotionSettings().interpolation,
+            self._region,
+            self._out,
+        )
+        self._backend.synchronize()
+
+    def transform(self) -> NDArray[np.float64]:
+        """See `Corrector.transform`."""
+        return self._stage.result(self._backend.download(self._stage.pose.fields)).affine
+
+
+class Rtspm:
+    """SPM's realignment as OpenNFT runs it: 4th-degree B-splines, from the template each time.
+
+    Parameters
+    ----------
+    fwhm_mm, separation_mm : float
+        Of the Gaussian before, and between the points; OpenNFT has 5 and 4.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        reference: NDArray[np.int16],
+        fwhm_mm: float = 5.0,
+        separation_mm: float = 4.0,
+    ) -> None:
+        self._spm = importlib.import_module("rtspm")
+        # SPM counts voxels from 1.
+        self._affine = grid.affine @ np.block([[np.eye(3), -np.ones((3, 1))], [np.zeros(3), 1.0]])
+        self._flags = {
+            "quality": 0.9,
+            "fwhm": fwhm_mm,
+            "sep": separation_mm,
+            "interp": 4,
+            "wrap": np.zeros((3, 1)),
+            "lkp": np.arange(6),
+            "mask": 1,
+            "mean": 0,
+            "which": 2,
+        }
+        self._images = [{"mat": self._affine.copy(), "dim": np.array(grid.shape)} for _ in "01"]
+        self._template: Sequence[Any] = ([],) * 6
+        self._images[0]["Vol"] = _float64(reference)
+        self._first = True
+        self.load(reference)
+        with np.errstate(invalid="ignore"):  # it registers the reference to itself
+            self.estimate()
+        self._first = False
+
+    def load(self, volume: NDArray[np.int16]) -> None:
+        """See `Corrector.load`."""
+        self._images[1]["Vol"] = _float64(volume)
+
+    def estimate(self) -> None:
+        """See `Corrector.estimate`."""
+        self._images[1]["mat"] = self._affine.copy()
+        index = 0 if self._first else 1
+        found = self._spm.spm_realign_rt(self._images, self._flags, index, 0, *self._template)
+        self._images, self._template = found[0], found[1:7]
+
+    def reslice(self) -> None:
+        """See `Corrector.reslice`."""
+        self._spm.spm_reslice_rt(self._images, self._flags)
+
+    def transform(self) -> NDArray[np.float64]:
+        """See `Corrector.transform`."""
+        return np.asarray(self._affine @ np.linalg.inv(self._images[1]["mat"]))
+
+
+class SimpleItk:
+    """Mean squares at 8000 points, linear, by gradient descent with a step that shrinks.
+
+    Of the metrics, optimisers, steps, numbers of points and gradients tried, this was the fastest
+    whose error is not far from the smallest. Smoothed before, warm start; cubic B-spline after.
+    """
+
+    def __init__(self, grid: Grid, reference: NDArray[np.int16], threads: int = 0) -> None:
+        self._itk = itk = importlib.import_module("SimpleITK")
+        self._grid = grid
+        itk.ProcessObject.GlobalWarningDisplayOff()
+        all_threads = itk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+        self._threads = threads or all_threads
+        registration = self._registration = itk.ImageRegistrationMethod()
+        registration.SetMetricAsMeanSquares()
+        registration.SetMetricSamplingStrategy(registration.RANDOM)
+        registration.SetMetricSamplingPercentage(min(1.0, _ITK_POINTS / grid.n_voxels), 1)
+        registration.SetMetricUseFixedImageGradientFilter(False)
+        registration.SetMetricUseMovingImageGradientFilter(False)
+        registration.SetInterpolator(itk.sitkLinear)
+        registration.SetOptimizerAsRegularStepGradientDescent(
+            _ITK_STEP, _ITK_LEAST_STEP, _ITK_MOST_STEPS, _ITK_RELAXATION, 1e-8
+        )
+        registration.SetOptimizerScales([_ITK_LEVER_MM**2] * 3 + [1.0] * 3)
+        registration.SetNumberOfThreads(self._threads)
+        self._pose = itk.Euler3DTransform()
+        self._reference = self._image(reference)
+        self._smoothed_reference = self._smoothed(self._reference)
+
+    def load(self, volume: NDArray[np.int16]) -> None:
+        """See `Corrector.load`."""
+        self._moving = self._image(volume)
+
+    def estimate(self) -> None:
+        """See `Corrector.estimate`."""
+        self._registration.SetInitialTransform(self._pose, inPlace=True)
+        self._registration.Execute(self._smoothed_reference, self._smoothed(self._moving))
+
+    def reslice(self) -> None:
+        """See `Corrector.reslice`."""
+        resample = self._itk.ResampleImageFilter()
+        resample.SetNumberOfThreads(self._threads)
+        resample.SetReferenceImage(self._reference)
+        resample.SetInterpolator(self._itk.sitkBSpline)
+        resample.SetTransform(self._pose)
+        resample.Execute(self._moving)
+
+    def transform(self) -> NDArray[np.float64]:
+        """See `Corrector.transform`."""
+        transform = np.eye(4)
+        transform[:3, :3] = np.reshape(self._pose.GetMatrix(), (3, 3))
+        transform[:3, 3] = self._pose.GetTranslation()
+        return transform
+
+    def _image(self, volume: NDArray[np.int16]) -> Any:
+        # Its axes are named otherwise, which changes nothing as long as all images agree.
+        image = self._itk.GetImageFromArray(volume.T.astype(np.float32))
+        image.SetSpacing([float(size) for size in self._grid.voxel_size_mm])
+        image.SetOrigin([float(mm) for mm in self._grid.affine[:3, 3]])
+        return image
+
+    def _smoothed(self, image: Any) -> Any:
+        smooth = self._itk.SmoothingRecursiveGaussianImageFilter()
+        smooth.SetNumberOfThreads(self._threads)
+        smooth.SetSigma(_ITK_FWHM_MM / math.sqrt(8 * math.log(2)))
+        return smooth.Execute(image)
+
+
+def _float64(volume: NDArray[np.int16]) -> NDArray[np.float64]:
+    return np.asfortranarray(volume, np.float64)
+
+
+class Tool(NamedTuple):
+    """A corrector's name in the table, the package it needs, and what makes it.
+
+    ``below_mm`` is the voxel size below which it takes part; one that takes part ``for_time``
+    alone sees no jumps and no activation.
+    """
+
+    name: str
+    package: str
+    make: Callable[[Grid, NDArray[np.int16]], Corrector]
+    below_mm: float = math.inf
+    for_time: bool = False
+
+
+OURS = "rtfmri"
+PEERS = (
+    Tool("python-rtspm", "rtspm", Rtspm),
+    Tool(
+        "python-rtspm, FWHM 3 mm, points 3 mm apart",
+        "rtspm",
+        lambda grid, reference: Rtspm(grid, reference, 3.0, 3.0),
+        below_mm=1.5,
+    ),
+    Tool("SimpleITK", "SimpleITK", SimpleItk),
+    Tool(
+        "SimpleITK, 1 thread",
+        "SimpleITK",
+        lambda grid, reference: SimpleItk(grid, reference, threads=1),
+        for_time=True,
+    ),
+)
+
+
+def run(
+    backend: Backend,
+    clock: Clock,
+    grids: Sequence[tuple[int, int, int]],
+    rounds: int,
+    progress: Callable[[str], None],
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of the tables ``motion`` and ``smoothing``."""
+    motion, smoothing = [], []
+    for shape in grids:
+        progress(f"motion correction, {grid_name(shape)}")
+        motion += compare_correctors(backend, shape)
+    for shape in grids:
+        progress(f"smoothing, {grid_name(shape)}")
+        smoothing.append(_compare_smoothing(backend, clock, shape, rounds))
+    return {"motion": motion, "smoothing": smoothing}
+
+
+def compare_correctors(backend: Backend, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """Return a row a tool; all see the same volumes, and take turns at each."""
+    phantom = Phantom(shape)
+    if not MotionStage.possible(phantom.grid):
+        return [{"skipped": f"{grid_name(shape)} is too small a grid"}]
+    backend.warm(np.int16)
+    n_volumes = min(MOST_VOLUMES, max(FEWEST_VOLUMES, _MOST_VOXELS // phantom.grid.n_voxels))
+    reference = phantom.volume(0, np.zeros(6))
+    peers = [peer for peer in PEERS if min(phantom.grid.voxel_size_mm) < peer.below_mm]
+    present = {peer.name: peer for peer in peers if find_spec(peer.package)}
+    walked = _Trial({OURS: Rtfmri(backend, phantom.grid, reference)})
+    for name, peer in present.items():
+        walked.correctors[name] = peer.make(phantom.grid, reference)
+    accurate = {
+        name: corrector
+        for name, corrector in walked.correctors.items()
+        if name == OURS or not present[name].for_time
+    }
+    motion = walk(n_volumes + 1)
+    for i in range(1, n_volumes + 1):
+        walked.push(phantom.volume(i, motion[i]), motion[i], timed=True)
+    jumped, active = _Trial(accurate), _Trial(accurate)
+    at_rest = phantom.volume(n_volumes + 1, np.zeros(6))
+    for i, jump in enumerate(jumps(), start=n_volumes + 2):
+        jumped.push(at_rest)
+        jumped.push(phantom.volume(i, jump), jump)
+    jumped.push(at_rest)
+    for i in range(1, min(_N_ACTIVE, n_volumes) + 1):
+        active.push(phantom.volume(i, motion[i], active=True), motion[i])
+    rows = []
+    for name, errors_mm in walked.errors_mm.items():
+        estimate_ms, reslice_ms = (1e3 * statistics.median(s) for s in walked.seconds[name])
+        row: dict[str, Any] = {
+            "grid": grid_name(shape),
+            "tool": name,
+            "n_volumes": n_volumes,
+            "rms_mm": _rms(errors_mm),
+            "max_mm": max(errors_mm),
+            "estimate_ms": estimate_ms,
+            "reslice_ms": reslice_ms,
+            "together_ms": estimate_ms + reslice_ms,
+        }
+        if name in accurate:
+            row["jump_mm"] = max(jumped.errors_mm[name])
+            row["active_mm"] = _rms(active.errors_mm[name])
+        rows.append(row)
+    for row in rows:
+        row["times_ours"] = row["together_ms"] / rows[0]["together_ms"]
+    missing = {peer.package: None for peer in peers if peer.name not in present}
+    rows += [{"grid": grid_name(shape), "tool": f"{name} is not installed"} for name in missing]
+    return rows
+
+
+class _Trial:
+    """Takes volumes through all correctors in turn, and keeps their errors and times."""
+
+    def __init__(self, correctors: dict[str, Corrector]) -> None:
+        self.correctors = correctors
+        self.errors_mm: dict[str, list[float]] = {}
+        self.seconds: dict[str, tuple[list[float], list[float]]] = {}
+
+    def push(
+        self,
+        volume: NDArray[np.int16],
+        motion: NDArray[np.float64] | None = None,
+        *,
+        timed: bool = False,
+    ) -> None:
+        """Register *volume* by each; its error counts if *motion* is given."""
+        for name, corrector in self.correctors.items():
+            corrector.load(volume)
+            estimate_s = _seconds(corrector.estimate)
+            if timed:
+                estimates_s, reslices_s = self.seconds.setdefault(name, ([], []))
+                estimates_s.append(estimate_s)
+                reslices_s.append(_seconds(corrector.reslice))
+            if motion is not None:
+                error_mm = deviation_mm(corrector.transform(), rigid(motion))
+                self.errors_mm.setdefault(name, []).append(error_mm)
+
+
+def _seconds(call: Call) -> float:
+    started_s = time.perf_counter()
+    call()
+    return time.perf_counter() - started_s
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(statistics.fmean(value**2 for value in values))
+
+
+def _compare_smoothing(
+    backend: Backend, clock: Clock, shape: tuple[int, int, int], rounds: int
+) -> dict[str, Any]:
+    if not find_spec("scipy"):
+        return {"skipped": "scipy is not installed"}
+    from scipy.ndimage import gaussian_filter
+
+    phantom = Phantom(shape)
+    volume = phantom.volume(0, np.zeros(6))
+    voxels = backend.copy(volume.reshape(-1, order="F"))
+    stage = SmoothingStage(backend, phantom.grid, FWHM_MM)
+    sigmas = FWHM_MM / math.sqrt(8 * math.log(2)) / np.array(phantom.grid.voxel_size_mm)
+    out = np.empty(shape, np.float32, order="F")
+
+    def by_scipy() -> None:
+        gaussian_filter(volume, sigmas, output=out, mode="reflect", truncate=4.0)
+
+    host = clock if isinstance(clock, HostClock) else HostClock()
+    seconds = take_turns(
+        {
+            "ours": clock.timer(lambda: stage.push(voxels), cold=True),
+            "scipy": host.timer(by_scipy, cold=True),
+        },
+        rounds,
+        cold=True,
+    )
+    ours_ms, scipy_ms = (1e3 * statistics.median(seconds[name]) for name in ("ours", "scipy"))
+    return {
+        "grid": grid_name(shape),
+        "median_ms": ours_ms,
+        "scipy_ms": scipy_ms,
+        "times_faster": scipy_ms / ours_ms,
+    }
