@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from rtfmri.backends import Backend, Moments, Subtraction, open_backend
 from rtfmri.config import BaselineKind, BaselineSettings, Config
 from rtfmri.pipeline import Pipeline
-from rtfmri.volume import Grid, Volume
+from rtfmri.volume import Volume
 
 from .measure import Call, Clock, HostClock, gb_per_s, grid_name, statistics_ms, take_turns
+from .phantom import Phantom, drifting
 
 NEEDED_BYTES = 26
 """A voxel's bytes that any such step must move: int16 in (2), float32 mean and variance read and
@@ -206,15 +207,13 @@ def cost_per_volume(backend: Backend, shape: Sequence[int], kind: BaselineKind) 
         much the process's memory grew from the second number to the last.
     """
     device: Any = backend.name
-    grid = Grid((shape[0], shape[1], shape[2]), np.diag([3.0, 3.0, 3.0, 1.0]))
+    phantom = Phantom((shape[0], shape[1], shape[2]))
+    images, grid = drifting(phantom), phantom.grid
     settings = BaselineSettings(kind=kind, window_volumes=_FLAT_WINDOW)
     roi = np.zeros(grid.shape, np.float32)
     roi[: shape[0] // 2] = 1
-    pipeline = Pipeline(grid, Config(device=device, baseline=settings), rois={"half": roi})
-    rng = np.random.default_rng(0)
-    images = [
-        np.asfortranarray(rng.integers(500, 1500, grid.shape).astype(np.int16)) for _ in range(8)
-    ]
+    config = Config(device=device, baseline=settings)
+    pipeline = Pipeline(grid, config, rois={"half": roi}, mask=phantom.mask())
     seconds = np.zeros(FLAT_AT[-1])
     memory_at = {}
     for i in range(FLAT_AT[-1]):

@@ -16,13 +16,11 @@ from rtfmri.pipeline import Pipeline, Result
 from rtfmri.volume import Grid, Volume
 
 from .measure import Clock, grid_name
-from .phantom import Phantom, walk
+from .phantom import Phantom, drifting
 
 N_PUSHES = 200
 """Volumes that are timed with hot and with cold caches each, after `_FIRST` that are not."""
 _FIRST = 10
-_N_IMAGES = 12
-"""Different volumes, taken there and back, so that the head never jumps."""
 FWHM_MM = 6.0
 _ROIS_MM = {"left": (-34.0, -12.0, 18.0), "right": (34.0, -12.0, 18.0)}
 _ROI_RADIUS_MM = 10.0
@@ -45,10 +43,9 @@ def run(
 
 
 def _rows(backend: Backend, clock: Clock, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
-    phantom, motion = Phantom(shape), walk(_N_IMAGES)
-    images = [phantom.volume(i, motion[i]) for i in range(_N_IMAGES)]
-    there_and_back = [*images, *images[-2:0:-1]]
-    mosaics = [tiled(image) for image in there_and_back]
+    phantom = Phantom(shape)
+    images = drifting(phantom)
+    mosaics = [tiled(image) for image in images]
     pipeline = _pipeline(backend, phantom)
 
     def push(i: int) -> Result:
@@ -89,9 +86,7 @@ def _pipeline(backend: Backend, phantom: Phantom) -> Pipeline:
     device: Any = backend.name
     config = Config(device=device, smoothing=SmoothingSettings(fwhm_mm=FWHM_MM))
     rois = {name: _sphere(phantom.grid, place_mm) for name, place_mm in _ROIS_MM.items()}
-    # nilearn finds the mask in a run; without it, a bare GPU machine gets about the same one.
-    head = phantom.signal(np.zeros(6)) > phantom.signal(np.zeros(6)).max() / 4
-    return Pipeline(phantom.grid, config, rois=rois, mask=None if find_spec("nilearn") else head)
+    return Pipeline(phantom.grid, config, rois=rois, mask=phantom.mask())
 
 
 def tiled(volume: NDArray[np.int16]) -> NDArray[np.int16]:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from rtfmri.backends import Backend
-from rtfmri.config import Config
-from rtfmri.volume import Grid, Volume
+from rtfmri.config import Config, MaskSettings
+from rtfmri.volume import Volume
 
 from .measure import Clock, grid_name
+from .phantom import Phantom, drifting
 
 PACE_S = 0.02
 N_VOLUMES = 100
@@ -31,19 +32,15 @@ class Memory:
     Parameters
     ----------
     shape : sequence of int
-        x, y, z of its volumes, random int16.
+        x, y, z of its volumes: a head that drifts.
     """
 
     live = True
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.n_volumes: int | None = N_VOLUMES
-        self._grid = Grid((shape[0], shape[1], shape[2]), np.diag([3.0, 3.0, 3.0, 1.0]))
-        rng = np.random.default_rng(0)
-        self._images = [
-            np.asfortranarray(rng.integers(500, 1500, self._grid.shape).astype(np.int16))
-            for _ in range(8)
-        ]
+        phantom = Phantom((shape[0], shape[1], shape[2]))
+        self._grid, self._images = phantom.grid, drifting(phantom)
         self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[Volume]:
@@ -106,6 +103,7 @@ def _session(backend: Backend, shape: Sequence[int], recorded: bool) -> list[flo
     roi[: shape[0] // 2] = 1
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.h5" if recorded else None
-        config = Config(device=device)
+        source: Any = "auto" if find_spec("nilearn") else "none"
+        config = Config(device=device, mask=MaskSettings(source=source))
         with Session(Memory(shape), config=config, out=out, rois={"half": roi}) as session:
             return [result.latency_ms for result in session]

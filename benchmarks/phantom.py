@@ -6,6 +6,7 @@ No volume is made by interpolation, so that what a motion correction gets wrong 
 # mypy: disable-error-code="untyped-decorator"
 
 import math
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from rtfmri.volume import Grid, unflatten
 
 WALK_MM, WALK_DEG = 1.0, 1.0
+DRIFT = 0.6
 JUMP_MM, JUMP_DEG = 6.0, 6.0
 ACTIVATION = 0.04
 """Signal change in the middle of the active region, as a part of the signal there."""
@@ -110,6 +112,14 @@ class Phantom:
         _render(signal, to_rest, self._half_axes_mm, self._waves, activation)
         return signal
 
+    def mask(self) -> NDArray[np.bool_] | None:
+        """Return the mask that a pipeline needs here: none where nilearn is there to find it."""
+        if find_spec("nilearn"):
+            return None
+        signal = self.signal(np.zeros(6))
+        head: NDArray[np.bool_] = signal > signal.max() / 4
+        return head
+
     def volume(
         self, index: int, motion: NDArray[np.float64], *, active: bool = False
     ) -> NDArray[np.int16]:
@@ -119,6 +129,15 @@ class Phantom:
         real, imaginary = self._noise_sd * rng.standard_normal((2, signal.size), np.float32)
         magnitude = np.rint(np.hypot(signal + real, imaginary)).astype(np.int16)
         return unflatten(magnitude, self.grid.shape)
+
+
+def drifting(phantom: Phantom, n_images: int = 12) -> list[NDArray[np.int16]]:
+    """Return volumes of a head that drifts away from rest and comes back, to be used in turn.
+
+    It moves by `DRIFT` mm and degrees about all axes, so slowly that no volume is bad for it.
+    """
+    away = [phantom.volume(i, np.full(6, DRIFT * i / (n_images - 1))) for i in range(n_images)]
+    return [*away, *away[-2:0:-1]]
 
 
 def walk(n_volumes: int, seed: int = 0) -> NDArray[np.float64]:

@@ -240,8 +240,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
         table.add_row(f"  {problem}", str(n))
     if quality["start_up"]:
         table.add_row("  start-up", str(quality["start_up"]))
-    fd = quality["fd_mm"]
-    table.add_row("FD mean / max", f"{fd['mean']:.2f} / {fd['max']:.2f} mm")
+    if fd := quality["fd_mm"]:
+        table.add_row("FD mean / max", f"{fd['mean']:.2f} / {fd['max']:.2f} mm")
     if quality["tsnr_median"]:
         table.add_row("tSNR, median", f"{quality['tsnr_median']:.0f}")
     table.add_row("missing", str(summary["missing"]))

@@ -239,9 +239,12 @@ class Session:
             "forecast_min": self._last.quality.forecast_min if self._last else None,
             "start_up": self.counters.start_up,
             "problems": dict(self.counters.problems),
-            "fd_mm": {"mean": self._fd_mm / max(n, 1), "max": self._fd_max_mm},
+            "fd_mm": None,
+            "tsnr_median": None,
         }
-        if self.pipeline and self.counters.processed:
+        if self._last and self._last.motion:
+            summary["fd_mm"] = {"mean": self._fd_mm / n, "max": self._fd_max_mm}
+        if self.pipeline and n:
             tsnr = self.pipeline.quality_maps()["tsnr"]
             summary["tsnr_median"] = float(np.median(tsnr[tsnr > 0])) if tsnr.any() else None
         return summary
@@ -345,7 +348,7 @@ class Session:
         self._late = result.deadline_missed
 
     def _judge(self, result: Result) -> None:
-        """Count what is wrong with a volume; say it when it begins and when it ends."""
+        """Count what is wrong with a volume, and say it unless that was said of the one before."""
         self._last = result
         quality = result.quality
         if result.begins and self.counters.processed > 1:
@@ -358,9 +361,8 @@ class Session:
             self._fd_max_mm = max(self._fd_max_mm, result.motion.fd_mm)
         self.counters.problems.update(quality.problems)
         self.counters.unusable += not quality.usable
-        if quality.problems != self._problems:
-            what = ", ".join(quality.problems) or "usable again"
-            _log.warning("volume %d: %s", result.index, what)
+        if quality.problems and quality.problems != self._problems:
+            _log.warning("volume %d: %s", result.index, ", ".join(quality.problems))
         self._problems = quality.problems
 
     def _skip(self, name: str, reason: str) -> None:

@@ -73,6 +73,7 @@ class LazyStream:
 
     def __init__(self, non_blocking: bool) -> None:
         self._work: list[Callable[[], None]] = []
+        self._done: list[Callable[[], None]] = []
 
     def queue(self, work: Callable[[], None]) -> None:
         self._work.append(work)
@@ -80,6 +81,15 @@ class LazyStream:
     def synchronize(self) -> None:
         while self._work:
             self._work.pop(0)()
+
+    def begin_capture(self) -> None:
+        assert not self._work, "a capture must not begin with work that waits"
+        self._done, self._work = self._work, []
+
+    def end_capture(self) -> SimpleNamespace:
+        """Return a graph of what was queued since the capture began, which was not done."""
+        captured, self._work = self._work, self._done
+        return SimpleNamespace(launch=lambda stream: [stream.queue(work) for work in captured])
 
     def __enter__(self) -> None: ...
 
@@ -159,3 +169,24 @@ def test_fetched_values_outlive_the_next_fetch(staging: PinnedStaging) -> None:
     first = staging.fetch(staging.copy(np.full(2, 1, np.float32)))
     second = staging.fetch(staging.copy(np.full(2, 2, np.float32)))
     assert (first.tolist(), second.tolist()) == ([1, 1], [2, 2])
+
+
+def test_recorded_work_is_done_at_once_and_again_with_what_is_there_then(
+    staging: PinnedStaging,
+) -> None:
+    seen: list[int] = []
+    asked: list[int] = []
+    array = staging.upload(np.full(4, 1, np.int16))
+
+    def work() -> None:
+        asked.append(1)
+        staging.stream.queue(lambda: seen.append(int(array.device[0])))
+
+    again = staging.record(work)
+    n_asked = len(asked)
+    for value in (2, 3):
+        staging.upload(np.full(4, value, np.int16))
+        again()
+    staging.synchronize()
+    assert seen == [1, 2, 3]
+    assert len(asked) == n_asked  # a replay asks the host for nothing
