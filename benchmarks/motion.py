@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Backend
-from rtfmri.config import MotionSettings
+from rtfmri.config import Config
+from rtfmri.stages.brain import BrainStage
 from rtfmri.stages.motion import MotionStage
-from rtfmri.stages.region import copied_to, region_of
 from rtfmri.stages.smoothing import SmoothingStage
 from rtfmri.volume import Grid
 
@@ -60,11 +60,10 @@ class Rtfmri:
     """Ours, from a volume in the host's memory to a pose and a volume on the device."""
 
     def __init__(self, backend: Backend, grid: Grid, reference: NDArray[np.int16]) -> None:
-        self._backend, self._grid = backend, grid
+        self._backend = backend
         self._stage = MotionStage(backend, grid)
         self._stage.set_reference(reference.reshape(-1, order="F"))
-        self._region = copied_to(backend, region_of(np.ones(grid.shape, np.bool_)))
-        self._out = backend.zeros(grid.n_voxels)
+        self._brain = BrainStage(backend, grid, np.ones(grid.shape, np.bool_), Config())
 
     def load(self, volume: NDArray[np.int16]) -> None:
         """See `Corrector.load`."""
@@ -78,14 +77,7 @@ class Rtfmri:
 
     def reslice(self) -> None:
         """See `Corrector.reslice`: the whole volume, as the settings have it by default."""
-        self._backend.reslice(
-            self._voxels,
-            self._grid.shape,
-            self._stage.pose.matrix,
-            MotionSettings().interpolation,
-            self._region,
-            self._out,
-        )
+        self._brain.reslice(self._voxels, self._stage.pose)
         self._backend.synchronize()
 
     def transform(self) -> NDArray[np.float64]:

@@ -56,8 +56,8 @@ class MotionSettings(_Settings):
 
     mode: Literal["correct", "register_only", "off"] = "correct"
     """correct: estimate and reslice; register_only: estimate, and leave the voxels as they are."""
-    interpolation: Interpolation = "catmull-rom"
-    """How voxels are resliced: trilinear blurs most, bspline least and takes the longest."""
+    interpolation: Interpolation = "bspline"
+    """How voxels are resliced: trilinear blurs most, catmull-rom less, bspline (cubic) least."""
     reference: Path | None = None
     """NIfTI image to register to, such as a single-band reference; None takes the first good
     volume."""

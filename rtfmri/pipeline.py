@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,11 +33,12 @@ STAGES = (
 """The steps of the path, as `Result.stage_ms` names them."""
 
 MAX_START_UP = 10
-"""Volumes within which the magnetisation has become steady; later, a drop has other reasons."""
-_START_UP_DROP = 0.01, 0.8
-"""By which part of its mean a volume is dimmer than one before the steady state: from 1 % on,
-which is above what breathing and drift do to a whole volume within one TR; a loss of 80 % is a
-fault and no relaxation."""
+"""Volumes within which the magnetisation has become steady; later, a change has other reasons."""
+_STEADY, _FAULT = 0.01, 5.0
+"""Two volumes agree if their means differ by less than 1 %, which is above what breathing and
+drift do within one TR; a factor of 5 is a fault and no relaxation."""
+_LOST = {"not registered", "out of view"}
+"""Problems of two volumes of which one was the reference: nobody can tell whose they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,8 @@ class Result:
     quality : QualityValue
         How good the volume is, and whether it was usable.
     begins : bool
-        Whether the run began with this volume: it is the first good one, or the volumes before it
-        turned out to be brighter, of the scanner's start-up, and count for nothing.
+        Whether the run began with this volume: it is the first, or those before it turned out to
+        be of the scanner's start-up, or no good, and count for nothing.
     baseline_ready : bool
         Whether there was a baseline to subtract; else PSC and z are nan.
     stage_ms : dict of str to float
@@ -181,14 +183,16 @@ class Pipeline:
         self._backend = backend or open_backend(config.device, config.threads)
         for voxel in {self.dtype, np.dtype(np.float32)}:
             self._backend.warm(voxel)
-        self._mask, self._reference = mask, reference
+        self._mask = mask
+        self._reference = None if reference is None else reference.astype(np.float32, order="F")
         if mask is None and config.mask.source == "auto":
             load_nilearn()
         self._motion = self._new_motion()
         self._slice_timing: SliceTimingStage | None = None
         self._run: _Run | None = None
-        self._n_pushed = self._n_start_up = self._n_holes = 0
-        self._level = 0.0
+        self._n_pushed = self._n_start_up = 0
+        self._steady, self._level = False, 0.0
+        self._holes: NDArray[np.bool_] | None = None
         self._raw: Array = None
         self._voxels: Array = None
         self._brain_voxels: Array = None
@@ -215,13 +219,23 @@ class Pipeline:
         ConfigError
             At the first volume, if its header lacks what the settings ask for.
         """
-        lap = self._lap = _Laps(volume.decoded_s - volume.arrived_s, volume.arrived_s)
+        self._lap = _Laps(volume.decoded_s - volume.arrived_s, volume.arrived_s)
         self._check(volume)
         begins = self._begins(volume)
         if begins:
             self._begin(volume)
+        result = self._process(volume, begins)
+        if not begins and self._may_be_the_references(result):
+            with suppress(VolumeError):
+                self._begin(volume)
+                result = self._process(volume, begins=True)
+        self._n_pushed += 1
+        return result
+
+    def _process(self, volume: Volume, begins: bool) -> Result:
         run, members = self._run, self.paradigm.members(volume.time_s, volume.tr_s)
         assert run is not None
+        lap = self._lap
         limits = self._backend.upload(run.quality.limits)
         self._raw = self._voxels = self._backend.upload(self._patched(volume.flat))
         lap("upload")
@@ -241,8 +255,9 @@ class Pipeline:
         report = self._backend.fetch(run.report)
         motion = self._motion.result(report) if self._motion else None
         quality = run.quality.result(report)
-        self._n_pushed += 1
         run.baseline.settle(quality.usable)
+        if self._slice_timing and not quality.usable:
+            self._slice_timing.forget()
         roi = run.roi.compare(report[run.roi_means], members, quality.usable)
         done_s = self._lap("fetch")
         counted = members if quality.usable else ()
@@ -283,15 +298,33 @@ class Pipeline:
         """Tell whether the run begins, or begins anew, with this volume.
 
         The first volumes of a run are too bright, as long as the magnetisation has not met its
-        steady state (T1 relaxation); a volume that is clearly dimmer than the one before it shows
-        that they were.
+        steady state (T1 relaxation). So it begins anew until a volume is as bright as the one
+        before it.
         """
-        if self._run and self._n_pushed >= MAX_START_UP:
+        if self._steady:
             return False
         level, before = float(np.mean(_finite(volume.data))), self._level
+        if self._run is None:
+            self._level = level
+            return True
+        ratio = level / before if before > 0 else 1.0
+        if not 1 / _FAULT < ratio < _FAULT:
+            return False
         self._level = level
-        drop = 1 - level / before if before > 0 else 0.0
-        return self._run is None or _START_UP_DROP[0] < drop < _START_UP_DROP[1]
+        self._steady = abs(ratio - 1) < _STEADY or self._n_pushed >= MAX_START_UP
+        return not self._steady
+
+    def _may_be_the_references(self, result: Result) -> bool:
+        """Tell whether what is wrong with a volume may be the fault of the reference.
+
+        So it may be as long as no other volume was found to be good.
+        """
+        return (
+            self._reference is None
+            and result.quality.n_usable <= 1
+            and self._n_pushed < MAX_START_UP
+            and not _LOST.isdisjoint(result.quality.problems)
+        )
 
     def _begin(self, volume: Volume) -> None:
         """Take *volume* for the first good one: find the brain, and forget what was before."""
@@ -309,7 +342,8 @@ class Pipeline:
                 self.dtype,
             )
         reference = data if self._reference is None else self._reference
-        brain = BrainStage(backend, self.grid, self._find_brain(reference), config)
+        holes = ~np.isfinite(volume.data)
+        brain = BrainStage(backend, self.grid, self._find_brain(reference, holes), config)
         parts = report_parts(self.grid.shape[2], self._motion is not None)
         roi_means = slice(parts.slices.stop, parts.slices.stop + len(self._rois))
         report = backend.zeros(roi_means.stop, np.float64)
@@ -338,15 +372,16 @@ class Pipeline:
             roi_means,
         )
         self._n_start_up = self._n_pushed
-        self._n_holes = int(np.count_nonzero(~np.isfinite(volume.data)))
+        self._holes = holes.reshape(-1, order="F") if holes.any() else None
 
-    def _find_brain(self, reference: NDArray[Any]) -> Mask:
-        """Return the mask, with all voxels of all regions in it."""
+    def _find_brain(self, reference: NDArray[Any], holes: Mask) -> Mask:
+        """Return the mask, without holes, and with all voxels of all regions in it."""
         mask = np.ones(self.grid.shape, bool, order="F")
         if self._mask is not None:
             mask = np.array(self._mask, bool, order="F")
         elif self._config.mask.source == "auto":
             mask = brain_mask(reference, self.grid)
+        mask &= ~holes
         for weights in self._rois.values():
             mask |= weights > 0
         return mask
@@ -357,7 +392,13 @@ class Pipeline:
         if not MotionStage.possible(self.grid):
             _log.warning("motion is not looked at: %s is too small a grid", self.grid)
             return None
-        return MotionStage(self._backend, self.grid)
+        motion = MotionStage(self._backend, self.grid)
+        if self._reference is not None:
+            try:
+                motion.set_reference(self._reference.reshape(-1, order="F"))
+            except VolumeError as error:
+                raise ConfigError(f"motion.reference: {error}") from None
+        return motion
 
     def subtraction(self) -> dict[str, NDArray[np.float32]]:
         """Return the newest volume against the baseline before it.
@@ -422,14 +463,14 @@ class Pipeline:
             raise VolumeError("another voxel type than the run's first volume")
 
     def _patched(self, flat: NDArray[Any]) -> NDArray[Any]:
-        """Return a volume with 0 where it has no number, if the first good one had such holes.
+        """Return a volume with 0 in the holes that the first good one had, too.
 
-        Some programs write them outside the brain. A volume with more of them is left as it is,
-        for the quality stage to see.
+        Some programs write what is no number outside the brain; elsewhere it is a fault, which is
+        left for the quality stage to see.
         """
-        if self._n_holes and np.count_nonzero(~np.isfinite(flat)) <= self._n_holes:
-            return _finite(flat)
-        return flat
+        if self._holes is None:
+            return flat
+        return np.where(self._holes & ~np.isfinite(flat), np.float32(0), flat)
 
 
 def _finite(voxels: NDArray[Any]) -> NDArray[Any]:

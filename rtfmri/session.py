@@ -276,6 +276,8 @@ class Session:
             self._check_order(volume)
             result = self.pipeline.push(volume)
         except VolumeError as error:
+            if not self.counters.processed:
+                self._newest_index = max(self._newest_index, volume.index)
             self._skip(f"volume {volume.index}", str(error))
             return None
         self._count(result)

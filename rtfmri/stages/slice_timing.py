@@ -44,8 +44,7 @@ class SliceTimingStage:
     Notes
     -----
     The first volume of a run, or after one that is missing, leaves as it is; the next ones are
-    interpolated through as many volumes as there are in a row. A volume that is bad spoils what
-    leaves until *method*'s memory is past it.
+    interpolated through as many volumes as there are in a row.
     """
 
     def __init__(
@@ -86,6 +85,10 @@ class SliceTimingStage:
         self._backend.retime(volume, self._ring, self._slot, self._shape, weights, self._out)
         self._slot = (self._slot + 1) % len(self._ring)
         return self._out
+
+    def forget(self) -> None:
+        """Let the next volume leave as it is: the one before it is not fit to be mixed in."""
+        self._n_in_a_row = 0
 
 
 def time_weights(fractions: ArrayLike, n_points: int) -> NDArray[np.float32]:

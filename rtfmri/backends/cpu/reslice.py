@@ -11,6 +11,8 @@ they are float32 already, their edges mirrored, neighbouring ones always the sam
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: ANN001, ANN202
 
+from functools import cached_property
+
 import numpy as np
 from numba import njit, prange
 
@@ -260,11 +262,15 @@ def _run(volume, nx, ny, nz, m, kind, source, length, cache, tags, line):
 
 
 @_kernel
-def reslice(volume, nx, ny, nz, matrix, kind, runs, n_voxels, out, threads) -> None:
+def reslice(
+    volume, nx, ny, nz, matrix, kind, runs, n_voxels, out, all_caches, all_tags, threads
+) -> None:
     """See `rtfmri.backends.Backend.reslice`; a run belongs to the thread that its start does."""
     for thread in prange(threads):
-        cache = np.empty(_SLOTS * _PLANE, np.float32)
-        tags = np.full((_SLOTS, _SLOTS), -1)
+        cache, tags = all_caches[thread], all_tags[thread]
+        for slot in range(_SLOTS):
+            for other in range(_SLOTS):
+                tags[slot, other] = -1
         line = np.empty(nx + _LANES, np.float32)
         begin = 0
         for r in range(runs.shape[0]):
@@ -304,9 +310,16 @@ class ResliceOperations(Threads):
     ) -> None:
         """See `rtfmri.backends.Backend.reslice`."""
         n, kind = region.sources.size, _KINDS[interpolation]
-        reslice(volume, *shape, matrix, kind, region.runs, n, out, self._share(n))
+        args = (matrix, kind, region.runs, n, out, *self._line_caches, self._share(n))
+        reslice(volume, *shape, *args)
 
     def gather(self, volume: Array, region: Region, scale: Array | None, out: Array) -> None:
         """See `rtfmri.backends.Backend.gather`."""
         n, scaled = region.sources.size, scale is not None
         gather(volume, region.runs, n, scale if scaled else out, scaled, out, self._share(n))
+
+    @cached_property
+    def _line_caches(self) -> tuple[Array, Array]:
+        """Return each thread's cache of lines, and what is in it; kept from volume to volume."""
+        caches = np.empty((self.threads, _SLOTS * _PLANE), np.float32)
+        return caches, np.empty((self.threads, _SLOTS, _SLOTS), np.int64)
