@@ -196,7 +196,8 @@ def deviation_mm(estimated: NDArray[np.float64], true: NDArray[np.float64]) -> f
     return math.sqrt(SPHERE_MM**2 * np.sum(turned**2) / 5 + shifted_mm @ shifted_mm)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+# Not cached: the cache remembers a name of this package, which has another in a checkout.
+@njit(parallel=True, error_model="numpy")
 def _render(out: Any, to_rest: Any, half_axes: Any, waves: Any, activation: Any) -> None:
     n_x, n_y, n_z = out.shape
     for line in prange(n_y * n_z):
