@@ -46,6 +46,7 @@ _ROI_VALUES = {
 _STAGE_TEXTS = {
     "decode": "from the arrival of the last byte to the decoded volume",
     "wait": "from the decoded volume to the start of its processing",
+    "begin": "to find the brain and the reference, where the run begins",
     "upload": "to bring the volume to the device",
     "slice_timing": "to interpolate the slices in time, where that is asked for",
     "motion": "to find where the head is",

@@ -27,16 +27,16 @@ from rtfmri.volume import Grid, Volume
 _log = logging.getLogger(__name__)
 
 STAGES = (
-    *("decode", "wait", "upload", "slice_timing", "motion", "reslice", "smooth"),
+    *("decode", "wait", "begin", "upload", "slice_timing", "motion", "reslice", "smooth"),
     *("quality", "baseline", "roi", "fetch"),
 )
 """The steps of the path, as `Result.stage_ms` names them."""
 
 MAX_START_UP = 10
 """Volumes within which the magnetisation has become steady; later, a change has other reasons."""
-_STEADY, _FAULT = 0.01, 5.0
-"""Two volumes agree if their means differ by less than 1 %, which is above what breathing and
-drift do within one TR; a factor of 5 is a fault and no relaxation."""
+_STEADY, _FAULT = 0.015, 5.0
+"""Two volumes agree if their means differ by less than 1.5 %, which is above what breathing,
+motion and drift do within one TR; a factor of 5 is a fault and no relaxation."""
 _LOST = {"not registered", "out of view"}
 """Problems of two volumes of which one was the reference: nobody can tell whose they are."""
 
@@ -118,13 +118,13 @@ class _Laps:
     """The time that each step of one volume takes."""
 
     def __init__(self, decode_s: float, arrived_s: float) -> None:
-        self.started_s = self._last_s = time.perf_counter()
+        self._last_s = time.perf_counter()
         self.ms = dict.fromkeys(STAGES, 0.0)
         self.ms["decode"] = 1e3 * decode_s
-        self.ms["wait"] = 1e3 * (self.started_s - arrived_s - decode_s)
+        self.ms["wait"] = 1e3 * (self._last_s - arrived_s - decode_s)
 
     def __call__(self, stage: str) -> float:
-        """Count the time since the last call for *stage*; return the time of day of now."""
+        """Count the time since the last call for *stage*; return the clock's seconds."""
         now_s = time.perf_counter()
         self.ms[stage] += 1e3 * (now_s - self._last_s)
         self._last_s = now_s
@@ -224,10 +224,12 @@ class Pipeline:
         begins = self._begins(volume)
         if begins:
             self._begin(volume)
+        self._lap("begin")
         result = self._process(volume, begins)
         if not begins and self._may_be_the_references(result):
             with suppress(VolumeError):
                 self._begin(volume)
+                self._lap("begin")
                 result = self._process(volume, begins=True)
         self._n_pushed += 1
         return result

@@ -353,14 +353,16 @@ class Recording:
         """Return the volumes that are safe as of now, in the order of their processing."""
         return (self.volume(row) for row in range(self.n_volumes))
 
-    def pipeline(self, device: str | None = None) -> Pipeline:
-        """Return a fresh pipeline with the settings, paradigm and regions of this run."""
+    def pipeline(
+        self, device: str | None = None, rois: Mapping[str, NDArray[Any]] | None = None
+    ) -> Pipeline:
+        """Return a fresh pipeline as that of this run, with its regions or with *rois*."""
         config = self.config.with_changes(device=device)
         return Pipeline(
             self.grid,
             config,
             paradigm=Paradigm(self.events, config.paradigm, config.baseline),
-            rois=self.roi_weights,
+            rois=self.roi_weights if rois is None else rois,
             mask=self.mask,
             reference=self.reference,
             dtype=self._file["volumes"].dtype,

@@ -357,7 +357,7 @@ class Session:
             self.counters.start_up = self.counters.processed - 1
             self.counters.unusable = 0
             self.counters.problems.clear()
-            _log.info("volume %d: the signal is steady now, the run begins", result.index)
+            _log.info("volume %d: the run begins anew, without those before", result.index)
         if result.motion:
             self._fd_mm += result.motion.fd_mm
             self._fd_max_mm = max(self._fd_max_mm, result.motion.fd_mm)

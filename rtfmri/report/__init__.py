@@ -285,8 +285,9 @@ class _Report:
                 "Shaded: the task blocks, when they were; the signal follows them by some "
                 f"{delay_s:g} s, since blood is slow. An active region steps up with every block, "
                 "an inactive one does not. Hollow points are volumes left out because the signal "
-                "was on its way up or down. The regions called active and inactive were chosen "
-                "from this very map, so they illustrate it; they are no test of it."
+                "was on its way up or down, or because they were no good. The regions called "
+                "active and inactive were chosen from this very map, so they illustrate it; they "
+                "are no test of it."
             )
         else:
             text += "Look for jumps (the head moved), spikes and slow drift."
@@ -388,13 +389,10 @@ def _read_anatomy(path: str | Path, grid: Grid) -> Any:
 def _signals(
     recording: Recording, n_volumes: int, regions: Mapping[str, Mask]
 ) -> NDArray[np.float64]:
-    """Return each region's mean signal, (n_regions, n_volumes), reading a volume at a time."""
-    voxels = [np.flatnonzero(mask.reshape(-1, order="F")) for mask in regions.values()]
-    signals = np.empty((len(voxels), n_volumes))
-    for row in range(n_volumes):
-        flat = recording.volume(row).flat
-        signals[:, row] = [flat[inside].mean(dtype=np.float64) for inside in voxels]
-    return signals
+    """Return each region's mean signal, (n_regions, n_volumes), by taking the run again."""
+    pipeline = recording.pipeline("cpu", regions)
+    results = [pipeline.push(recording.volume(row)) for row in range(n_volumes)]
+    return np.array([[result.roi[name].signal for result in results] for name in regions])
 
 
 def _without_specks(t_map: Any) -> Any:

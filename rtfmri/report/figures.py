@@ -233,7 +233,7 @@ def time_courses(
         ]
         points = [
             Line2D([], [], mfc=_GREY, label=f"{conditions[0]} volume", **point),
-            Line2D([], [], mfc="white", label="left out (transition)", **point),
+            Line2D([], [], mfc="white", label="left out", **point),
         ]
         handles = [*blocks, *points]
         figure.legend(
