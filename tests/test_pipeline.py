@@ -1,6 +1,10 @@
 """The per-TR path against float64, for every kind of baseline."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -211,3 +215,52 @@ def test_more_threads_than_there_are_is_refused() -> None:
 def test_a_volume_made_by_hand_needs_no_clocks() -> None:
     volume = Volume(volumes(1)[0].data, GRID, 0, 2.0)
     assert Pipeline(GRID, plain()).push(volume).latency_ms < 60_000
+
+
+FRESH = """
+import importlib, pkgutil
+import numpy as np
+from numba.core.dispatcher import Dispatcher
+import rtfmri.backends.cpu as cpu
+from epi import a_grid, epi
+from rtfmri.config import Config
+from rtfmri.pipeline import Pipeline
+from rtfmri.volume import Volume
+
+def compiled():
+    names = [f"{cpu.__name__}.{m.name}" for m in pkgutil.iter_modules(cpu.__path__)]
+    modules = [importlib.import_module(name) for name in names]
+    kernels = {k for m in modules for k in vars(m).values() if isinstance(k, Dispatcher)}
+    return {(k.py_func.__qualname__, s) for k in kernels for s in k.signatures}
+
+grid, dtype = a_grid((24, 24, 16)), np.dtype("DTYPE")
+config = Config(device="cpu", CONFIG)
+pipeline = Pipeline(grid, config, rois={"all": np.ones(grid.shape)}, dtype=dtype)
+before = compiled()
+data = epi(grid).astype(dtype).reshape(grid.shape, order="F")
+for i in range(3):
+    pipeline.push(Volume(data, grid, i, 2.0, slice_times_s=(0.5,) * 16))
+print(compiled() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [
+        ("int16", ""),
+        (
+            "uint16",
+            "smoothing={'fwhm_mm': 6.0, 'within_mask': True}, baseline={'kind': 'sliding'}",
+        ),
+        ("float32", "motion={'interpolation': 'trilinear'}, slice_timing={'method': 'cubic'}"),
+    ],
+)
+def test_no_volume_waits_for_a_compiler(dtype: str, config: str) -> None:
+    pytest.importorskip("nilearn")
+    script = FRESH.replace("DTYPE", dtype).replace("CONFIG", config)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "set()", done.stderr

@@ -461,40 +461,44 @@ class Backend(Protocol):
 
 
 def exercise(backend: Backend, dtype: Any) -> None:
-    """Take one voxel of *dtype* through every operation: what `Backend.warm` does."""
-    volume, ring = backend.upload(np.zeros(1, dtype)), backend.zeros((2, 1), dtype)
-    moments = Moments(backend.zeros(1), backend.zeros(1))
-    out = Subtraction(backend.zeros(1), backend.zeros(1), backend.zeros(1))
-    backend.subtract(volume, moments, out, bessel=0.0, into=None, gain=0.0)
-    backend.fold(volume, moments, gain=1.0)
-    backend.slide(volume, moments, ring, 0, out, bessel=0.0, gain=1.0, full=False)
-    backend.refresh(ring, moments, 0, 1)
-    backend.contrast(moments, 2.0, moments, 2.0, Contrast(*out))
-    offsets, voxels = (backend.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
-    means = backend.zeros(1, np.float64)
-    backend.roi_means(volume, RoiTable(offsets, voxels, backend.zeros(1)), means)
-    one, voxel = (1, 1, 1), backend.zeros(1)
-    backend.smooth(volume, one, (voxel, voxel, voxel), backend.zeros(1), backend.zeros(1))
-    backend.retime(volume, ring[:1], 0, one, backend.zeros((2, 1)), voxel)
+    """Take one voxel through every operation: what `Backend.warm` does.
+
+    In a pipeline, volumes of *dtype* meet `smooth`, `retime`, `gather` and `inspect`; all others
+    get float32.
+    """
+    raw, one = backend.upload(np.zeros(1, dtype)), (1, 1, 1)
     region = Region(*(backend.zeros(n, np.int32) for n in ((1, 3), 1, 1)))
-    matrix = backend.zeros(12, np.float64)
-    for interpolation in get_args(Interpolation):
-        source = voxel if interpolation == "bspline" else volume
-        backend.reslice(source, one, matrix, interpolation, region, backend.zeros(1))
+    voxel, out = backend.zeros(1), backend.zeros(1)
+    for volume in (raw, voxel):
+        for step in (one, (2, 2, 2)):
+            backend.smooth(volume, one, (voxel,) * 3, backend.zeros(2), out, step=step)
+        backend.gather(volume, region, None, out)
+    backend.gather(voxel, region, backend.zeros(1), out)
+    backend.retime(raw, backend.zeros((1, 1), dtype), 0, one, backend.zeros((2, 1)), out)
+    backend.inspect(raw, one, backend.zeros((2, 4), np.float64))
     singles = [backend.zeros(shape) for shape in ((3, 1), 1, (7, 1))]
     doubles = [backend.zeros(shape, np.float64) for shape in ((7, 7), (2, 3, 4), (2, 3, 4))]
-    template = Template(*singles, *doubles)
     fields, places, sums = (backend.zeros(n, np.float64) for n in (len(POSE_FIELDS), 12, 64))
     pose = Pose(fields, places, sums, backend.zeros(1, np.int32))
+    template = Template(*singles, *doubles)
     backend.register(voxel, one, template, pose, max_iterations=1, tolerance_mm=1.0)
-    backend.gather(volume, region, None, voxel)
-    backend.gather(volume, region, backend.zeros(1), voxel)
-    backend.inspect(volume, one, backend.zeros((2, 4), np.float64))
+    for interpolation in get_args(Interpolation):
+        backend.reslice(voxel, one, places, interpolation, region, out)
     sums, usable = backend.zeros(2, np.float64), backend.zeros(1)
+    moments = Moments(backend.zeros(1), backend.zeros(1))
     backend.compare(voxel, backend.zeros(1), sums)
     backend.judge(sums, backend.zeros((2, 2), np.float64), usable)
     gains = {"usable": usable, "gain": 1.0, "successive_gain": 1.0}
     backend.track(voxel, backend.zeros(1), moments, backend.zeros(1), **gains)
+    maps, ring = Subtraction(*(backend.zeros(1) for _ in range(3))), backend.zeros((2, 1))
+    backend.subtract(voxel, moments, maps, bessel=0.0, into=None, gain=0.0)
+    backend.fold(voxel, moments, gain=1.0)
+    backend.slide(voxel, moments, ring, 0, maps, bessel=0.0, gain=1.0, full=False)
+    backend.refresh(ring, moments, 0, 1)
+    backend.contrast(moments, 2.0, moments, 2.0, Contrast(*maps))
+    offsets, voxels = (backend.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
+    means = backend.zeros(1, np.float64)
+    backend.roi_means(voxel, RoiTable(offsets, voxels, backend.zeros(1)), means)
 
 
 def gpu_problem() -> str | None:

@@ -44,8 +44,10 @@ class BrainStage:
         self._backend, self._grid = backend, grid
         self._interpolation = config.motion.interpolation
         self._taps = (backend.copy(bspline_taps()),) * 3
-        n_spline = grid.n_voxels if self._interpolation == "bspline" else 0
-        self._scratch, self._coefficients = backend.zeros(n_spline), backend.zeros(n_spline)
+        n_resliced = grid.n_voxels if config.motion.mode == "correct" else 0
+        self._scratch, self._readable = backend.zeros(n_resliced), backend.zeros(n_resliced)
+        if self._interpolation != "bspline":
+            self._everything = copied_to(backend, region_of(np.ones(grid.shape, np.bool_)))
         self._brain = backend.zeros(self.n_voxels)
         self._smoothing, self._scale = None, None
         smoothing = config.smoothing
@@ -68,12 +70,14 @@ class BrainStage:
         if pose is None:
             backend.gather(volume, self._region, None, self._resliced)
             return
+        # Kernels of reslicing take long to compile: they read float32 alone.
         if self._interpolation == "bspline":
-            arrays = self._scratch, self._coefficients
+            arrays = self._scratch, self._readable
             backend.smooth(volume, self._grid.shape, self._taps, *arrays)
-            volume = self._coefficients
+        else:
+            backend.gather(volume, self._everything, None, self._readable)
         backend.reslice(
-            volume,
+            self._readable,
             self._grid.shape,
             pose.matrix,
             self._interpolation,

@@ -61,7 +61,7 @@ class CpuBackend(
 
     def copy(self, host: NDArray[Any]) -> Array:
         """See `rtfmri.backends.Backend.copy`."""
-        return np.array(host)
+        return np.array(host, order="C")
 
     def download(self, array: Array) -> NDArray[Any]:
         """See `rtfmri.backends.Backend.download`."""
