@@ -184,7 +184,7 @@ class QualityStage:
         Parameters
         ----------
         voxels : (n_voxels,) float32
-            After motion correction, before smoothing.
+            As they are compared with the baseline: resliced, and smoothed where that is asked for.
         limits : (2, n) float64
             `limits`, on the backend.
         """
