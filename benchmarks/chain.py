@@ -1,6 +1,5 @@
 """The whole path of a volume: from a Siemens mosaic's pixels to the ROIs' values."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from rtfmri.backends import Backend
 from rtfmri.config import Config, SmoothingSettings
 from rtfmri.pipeline import Pipeline, Result
-from rtfmri.volume import Grid, Volume
+from rtfmri.volume import Grid, Volume, tiled, untiled
 
 from .measure import Clock, grid_name
 from .phantom import Phantom, drifting
@@ -50,7 +49,7 @@ def _rows(backend: Backend, clock: Clock, shape: tuple[int, int, int]) -> list[d
 
     def push(i: int) -> Result:
         arrived_s = time.perf_counter()
-        data = taken_apart(mosaics[i % len(mosaics)], shape)
+        data = untiled(mosaics[i % len(mosaics)], shape)
         return pipeline.push(Volume(data, phantom.grid, i, tr_s=1.0, arrived_s=arrived_s))
 
     for i in range(_FIRST):
@@ -87,27 +86,6 @@ def _pipeline(backend: Backend, phantom: Phantom) -> Pipeline:
     config = Config(device=device, smoothing=SmoothingSettings(fwhm_mm=FWHM_MM))
     rois = {name: _sphere(phantom.grid, place_mm) for name, place_mm in _ROIS_MM.items()}
     return Pipeline(phantom.grid, config, rois=rois, mask=phantom.mask())
-
-
-def tiled(volume: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Return a volume (x, y, z) as a Siemens mosaic's pixels: its slices, row by row."""
-    n_x, n_y, n_z = volume.shape
-    n_tiles = math.ceil(math.sqrt(n_z))
-    tiles = np.zeros((n_tiles**2, n_y, n_x), volume.dtype)
-    tiles[:n_z] = volume.T
-    return (
-        tiles.reshape(n_tiles, n_tiles, n_y, n_x)
-        .swapaxes(1, 2)
-        .reshape(n_tiles * n_y, n_tiles * n_x)
-    )
-
-
-def taken_apart(mosaic: NDArray[np.int16], shape: tuple[int, int, int]) -> NDArray[np.int16]:
-    """Return the volume (x, y, z) of a mosaic, by the steps of `rtfmri.readers.dicom`."""
-    n_x, n_y, n_z = shape
-    n_tiles = mosaic.shape[1] // n_x
-    slices = mosaic.reshape(n_tiles, n_y, n_tiles, n_x).swapaxes(1, 2).reshape(-1, n_y, n_x)
-    return slices[:n_z].T
 
 
 def _decode_ms(images: Sequence[NDArray[np.int16]], grid: Grid) -> list[float]:

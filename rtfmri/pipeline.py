@@ -237,13 +237,12 @@ class Pipeline:
     def _process(self, volume: Volume, begins: bool) -> Result:
         run, members = self._run, self.paradigm.members(volume.time_s, volume.tr_s)
         assert run is not None
-        lap = self._lap
         limits = self._backend.upload(run.quality.limits)
         self._raw = self._voxels = self._backend.upload(self._patched(volume.flat))
-        lap("upload")
+        self._lap("upload")
         if self._slice_timing:
             self._voxels = self._slice_timing.push(self._raw, volume.index)
-            lap("slice_timing")
+            self._lap("slice_timing")
         if run.prepare:
             run.prepare()
         else:
@@ -272,7 +271,7 @@ class Pipeline:
             quality=quality,
             begins=begins,
             baseline_ready=run.baseline.ready,
-            stage_ms=lap.ms,
+            stage_ms=self._lap.ms,
             latency_ms=1e3 * (done_s - volume.arrived_s),
             deadline_missed=done_s - volume.arrived_s > (self._config.deadline_s or volume.tr_s),
         )

@@ -191,3 +191,23 @@ def as_slice_times(times_s: Sequence[float | None], n_slices: int) -> tuple[floa
 def unflatten(flat: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     """Return a flat map as ``(x, y, z)`` with x fastest, without a copy."""
     return flat.reshape(tuple(shape), order="F")
+
+
+def tiled(data: NDArray[Any]) -> NDArray[Any]:
+    """Return *data* (x, y, z) as a Siemens mosaic's pixels, (rows, columns).
+
+    The slices lie row by row in a square of tiles, the last ones of which may be empty.
+    """
+    n_x, n_y, n_z = data.shape
+    n_tiles = math.ceil(math.sqrt(n_z))
+    tiles = np.zeros((n_tiles**2, n_y, n_x), data.dtype)
+    tiles[:n_z] = data.T
+    image = tiles.reshape(n_tiles, n_tiles, n_y, n_x).swapaxes(1, 2)
+    return image.reshape(n_tiles * n_y, n_tiles * n_x)
+
+
+def untiled(pixels: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """Return the volume (x, y, z) of *shape* in a mosaic's *pixels*, x fastest."""
+    n_x, n_y, n_z = shape
+    tiles = pixels.reshape(-1, n_y, pixels.shape[1] // n_x, n_x).swapaxes(1, 2)
+    return tiles.reshape(-1, n_y, n_x)[:n_z].T

@@ -465,8 +465,8 @@ def test_chain_takes_a_mosaic_apart_as_the_reader_does():
     volume = np.arange(6 * 5 * 7, dtype=np.int16).reshape((6, 5, 7), order="F")
     mosaic = chain.tiled(volume)
     assert mosaic.shape == (15, 18)
-    np.testing.assert_array_equal(chain.taken_apart(mosaic, volume.shape), volume)
-    assert chain.taken_apart(mosaic, volume.shape).flags.f_contiguous
+    np.testing.assert_array_equal(chain.untiled(mosaic, volume.shape), volume)
+    assert chain.untiled(mosaic, volume.shape).flags.f_contiguous
     dicom = pytest.importorskip("rtfmri.readers.dicom")
     simulated = importlib.import_module("rtfmri.simulator.dicom")
     grid = phantom.Phantom(volume.shape).grid

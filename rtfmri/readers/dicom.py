@@ -23,7 +23,7 @@ from pydicom.valuerep import DT, TM
 
 from rtfmri.errors import GridError, RtfmriError, VolumeError
 from rtfmri.readers.replay import checked_tr
-from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels
+from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels, untiled
 
 with warnings.catch_warnings():
     # nibabel says this at every import; the tests compare its geometry with dcm2niix.
@@ -158,9 +158,7 @@ def _split_mosaic(dataset: pydicom.Dataset) -> _Image:
         )
     wrapper = MosaicWrapper(dataset, csa)
     n_rows, n_columns, n_slices = wrapper.image_shape
-    tiles = wrapper.mosaic_size
-    pixels = _pixels(dataset).reshape(tiles, n_rows, tiles, n_columns)
-    slices = pixels.swapaxes(1, 2).reshape(-1, n_rows, n_columns)[:n_slices]
+    slices = untiled(_pixels(dataset), (n_columns, n_rows, n_slices)).T
     slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
     times_ms = csa["tags"].get("MosaicRefAcqTimes", {}).get("items", [])
     return _Image(

@@ -183,7 +183,7 @@ class _Report:
     def mean_image(self) -> str:
         """Return the section of a run without a task to test."""
         rows = figures.slices_through(self.brain, self.recording.grid, self.middle_mm())
-        drawn = figures.mosaic(self.image(self.mean), rows)
+        drawn = figures.plain(self.image(self.mean), rows, "scanner units", "gray")
         return section(
             "Mean image",
             self.figure("mean", drawn, "Mean image"),
@@ -319,7 +319,7 @@ class _Report:
         if not tsnr.any():
             return [section_of_run]
         slices = figures.slices_through(self.brain, recording.grid, self.middle_mm())
-        drawn = figures.ratio(self.image(tsnr), slices, "tSNR")
+        drawn = figures.plain(self.image(tsnr), slices, "tSNR", "inferno")
         median = float(np.median(tsnr[tsnr > 0]))
         section_of_map = section(
             "Signal against noise over time (tSNR)",

@@ -103,34 +103,33 @@ def subtraction(images: Mapping[str, Any], difference: tuple[str, Any], rows: Ro
     return figure
 
 
-def ratio(image: Any, rows: Rows, label: str) -> Figure:
-    """Draw slices of a map that is 0 or more, such as tSNR, on a scale from dark to bright."""
-    figure = Figure(figsize=(10, 0.7 + 1.75 * len(rows)), facecolor="black")
-    bottom, largest = 0.55 / figure.get_figheight(), _brightest(image)
-    place = (0, bottom, 1, 0.99 - bottom)
-    _draw(figure, place, rows, image, cmap="inferno", vmin=0, vmax=largest)
-    _colour_bar(figure, 0.5, "inferno", 0, largest, label)
+def plain(image: Any, rows: Rows, label: str, cmap: str) -> Figure:
+    """Draw slices of an image that is 0 or more, on a scale from dark to bright."""
+    figure, place = _dark_figure(rows)
+    brightest = _brightest(image)
+    _draw(figure, place, rows, image, cmap=cmap, vmin=0, vmax=brightest)
+    _colour_bar(figure, 0.5, cmap, 0, brightest, label)
     return figure
 
 
-def mosaic(background: Any, rows: Rows, t_map: Any = None, threshold: float = 0.0) -> Figure:
+def mosaic(background: Any, rows: Rows, t_map: Any, threshold: float) -> Figure:
     """Draw slices of *background* in grey and, over it, the t map where |t| >= *threshold*."""
-    figure = Figure(figsize=(10, 0.7 + 1.75 * len(rows)), facecolor="black")
-    bottom = 0.55 / figure.get_figheight()
-    place = (0, bottom, 1, 0.99 - bottom)
-    brightest = _brightest(background)
-    if t_map is None:
-        _draw(figure, place, rows, background, cmap="gray", vmin=0, vmax=brightest)
-        _colour_bar(figure, 0.5, "gray", 0, brightest, "scanner units")
-        return figure
+    figure, place = _dark_figure(rows)
     largest = max(float(np.abs(t_map.dataobj).max()), threshold + 1)
     if np.any(t_map.dataobj):
         scale = {"cmap": WARM_COOL, "vmin": -largest, "vmax": largest}
         _draw(figure, place, rows, t_map, threshold=threshold, bg_img=background, **scale)
     else:
-        _draw(figure, place, rows, background, cmap="gray", vmin=0, vmax=brightest)
+        _draw(figure, place, rows, background, cmap="gray", vmin=0, vmax=_brightest(background))
     _colour_bar(figure, 0.5, WARM_COOL, -largest, largest, "Welch t", dark=threshold)
     return figure
+
+
+def _dark_figure(rows: Rows) -> tuple[Figure, tuple[float, float, float, float]]:
+    """Return a figure for rows of slices, and the place for them above the colour bar."""
+    figure = Figure(figsize=(10, 0.7 + 1.75 * len(rows)), facecolor="black")
+    bottom = 0.55 / figure.get_figheight()
+    return figure, (0, bottom, 1, 0.99 - bottom)
 
 
 def _draw(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.errors import GridError, VolumeError
-from rtfmri.volume import Grid
+from rtfmri.volume import Grid, tiled
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -105,7 +105,7 @@ def mosaic_dataset(
         "TimeAfterStart": ("DS", [index * tr_s]),
     }
     return _dataset(
-        pixels=_tile(volume, n_tiles),
+        pixels=tiled(volume),
         index=index,
         tr_s=tr_s,
         series_uid=series_uid,
@@ -139,15 +139,6 @@ def write_mosaic(
         slice_times_s=slice_times_s,
     )
     dataset.save_as(Path(path), enforce_file_format=True)
-
-
-def _tile(volume: NDArray[Any], n_tiles: int) -> NDArray[Any]:
-    """Return the slices as one image of n_tiles x n_tiles tiles, row by row, (rows, columns)."""
-    n_x, n_y, n_z = volume.shape
-    tiles = np.zeros((n_tiles**2, n_y, n_x), volume.dtype)
-    tiles[:n_z] = volume.T
-    image = tiles.reshape(n_tiles, n_tiles, n_y, n_x).transpose(0, 2, 1, 3)
-    return image.reshape(n_tiles * n_y, n_tiles * n_x)
 
 
 def _dataset(
