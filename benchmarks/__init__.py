@@ -16,7 +16,7 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Device
 from rtfmri.errors import ConfigError
 
-from . import baseline, chain, kernels, latency, motion
+from . import baseline, chain, glm, kernels, latency, motion
 from .measure import open_clock
 from .tables import rich_tables
 
@@ -30,6 +30,7 @@ SUITES = {
     "kernels": "every operation of the backend: time, GB/s, share of the memory bandwidth",
     "baseline": "fused baseline + PSC + z against NumPy; cost per volume from volume 10 to 10,000",
     "motion": "motion correction against python-rtspm and SimpleITK, smoothing against scipy",
+    "glm": "a step of the GLM against an incremental GLM in NumPy and a refit by nilearn; AR(1)",
     "chain": "a volume's whole way, from a mosaic's pixels to the ROIs' values, step by step",
     "latency": "arrival to result in a paced session, with and without recording",
 }
@@ -37,6 +38,7 @@ _RUNNERS = {
     "kernels": kernels.run,
     "baseline": baseline.run,
     "motion": motion.run,
+    "glm": glm.run,
     "chain": chain.run,
     "latency": latency.run,
 }

@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Backend
-from rtfmri.config import Config, SmoothingSettings
+from rtfmri.config import Config, GlmSettings, SmoothingSettings
+from rtfmri.paradigm import Event, Paradigm
 from rtfmri.pipeline import Pipeline, Result
 from rtfmri.volume import Grid, Volume, tiled, untiled
 
@@ -23,6 +25,9 @@ _FIRST = 10
 FWHM_MM = 6.0
 _ROIS_MM = {"left": (-34.0, -12.0, 18.0), "right": (34.0, -12.0, 18.0)}
 _ROI_RADIUS_MM = 10.0
+_TR_S = 1.0
+_TASKS, _BLOCK_S = ("left", "right"), 15.0
+"""They take turns, with as much rest before each."""
 TOTAL, FILE = "total", "decode of a DICOM file"
 
 
@@ -50,7 +55,7 @@ def _rows(backend: Backend, clock: Clock, shape: tuple[int, int, int]) -> list[d
     def push(i: int) -> Result:
         arrived_s = time.perf_counter()
         data = untiled(mosaics[i % len(mosaics)], shape)
-        return pipeline.push(Volume(data, phantom.grid, i, tr_s=1.0, arrived_s=arrived_s))
+        return pipeline.push(Volume(data, phantom.grid, i, tr_s=_TR_S, arrived_s=arrived_s))
 
     for i in range(_FIRST):
         push(i)
@@ -83,9 +88,27 @@ def _rows(backend: Backend, clock: Clock, shape: tuple[int, int, int]) -> list[d
 
 def _pipeline(backend: Backend, phantom: Phantom) -> Pipeline:
     device: Any = backend.name
-    config = Config(device=device, smoothing=SmoothingSettings(fwhm_mm=FWHM_MM))
+    config = Config(
+        device=device,
+        smoothing=SmoothingSettings(fwhm_mm=FWHM_MM),
+        # A bare GPU machine has no nilearn, which convolves the events.
+        glm=GlmSettings(noise="ols" if find_spec("nilearn") else "off"),
+    )
     rois = {name: _sphere(phantom.grid, place_mm) for name, place_mm in _ROIS_MM.items()}
-    return Pipeline(phantom.grid, config, rois=rois, mask=phantom.mask())
+    n_volumes = _FIRST + 2 * N_PUSHES
+    return Pipeline(
+        phantom.grid,
+        config,
+        paradigm=Paradigm(_blocks(n_volumes * _TR_S), config.paradigm, config.baseline),
+        rois=rois,
+        mask=phantom.mask(),
+        n_volumes=n_volumes,
+    )
+
+
+def _blocks(run_s: float) -> list[Event]:
+    onsets_s = np.arange(_BLOCK_S, run_s, 2 * _BLOCK_S).tolist()
+    return [Event(onset_s, _BLOCK_S, task) for onset_s, task in zip(onsets_s, cycle(_TASKS))]
 
 
 def _decode_ms(images: Sequence[NDArray[np.int16]], grid: Grid) -> list[float]:
@@ -96,7 +119,7 @@ def _decode_ms(images: Sequence[NDArray[np.int16]], grid: Grid) -> list[float]:
     files = []
     for i, image in enumerate(images):
         file = BytesIO()
-        dataset = mosaic_dataset(image, grid, index=i, tr_s=1.0, series_uid="1.2.3")
+        dataset = mosaic_dataset(image, grid, index=i, tr_s=_TR_S, series_uid="1.2.3")
         dataset.save_as(file, enforce_file_format=True)
         files.append(file.getvalue())
     times_ms = []

@@ -35,7 +35,7 @@ backend.synchronize()
 step machine 20 "$python" -c 'from rtfmri.machine import inspect; print(*inspect(), sep="\n")'
 step tests 240 "$python" -m pytest -q tests/test_moments.py tests/test_roi.py tests/test_smoothing.py \
     tests/test_reslice.py tests/test_motion.py tests/test_quality.py tests/test_slice_timing.py \
-    tests/test_kernels.py
+    tests/test_glm.py tests/test_kernels.py
 step benchmarks 180 "$python" -m benchmarks --device cuda --out "$out"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

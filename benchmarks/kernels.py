@@ -6,14 +6,19 @@ from functools import partial
 from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from rtfmri.backends import (
+    PART_VOXELS,
     POSE_FIELDS,
     SLICE_FIELDS,
     Array,
     Backend,
     Contrast,
+    Contrasts,
+    DesignState,
+    DesignStep,
+    GlmState,
     Moments,
     RoiTable,
     Subtraction,
@@ -25,7 +30,8 @@ from rtfmri.stages.region import copied_to, region_of
 from rtfmri.stages.smoothing import gaussian_taps
 from rtfmri.volume import VOXEL_DTYPES
 
-from .measure import Call, Clock, gb_per_s, grid_name, statistics_ms, take_turns
+from .glm import N_COLUMNS, central
+from .measure import Call, Clock, Listener, gb_per_s, grid_name, statistics_ms, take_turns
 from .phantom import Phantom, rigid
 
 WINDOW = 20
@@ -42,6 +48,10 @@ N_STEPS = 3
 _N_BEFORE = 3
 """Volumes before the newest that slice timing looks at, for the cubic polynomial."""
 _SCALARS = {"bessel": 1.001, "gain": _GAIN}
+N_CLASSES = 20
+"""Of noise, where the GLM whitens."""
+_MOTION_AT = 3
+_CARRY = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +59,8 @@ class Case:
     """One operation on arrays of one size.
 
     ``n`` is the number of voxels it works on (of ROI entries for ``roi_means``, of points for
-    ``register``, of numbers for ``judge``); ``reads`` and ``writes`` are the arrays it goes
-    through, each once.
+    ``register``, of numbers for ``judge``, of elements of the design's factors for
+    ``update_design``); ``reads`` and ``writes`` are the arrays it goes through, each once.
     """
 
     operation: str
@@ -90,6 +100,10 @@ class _Arrays:
         """Return a map of float32 whose values are around *mean*."""
         return self.backend.copy(self.rng.normal(mean, mean / 20, self.n).astype(np.float32))
 
+    def normal(self, *shape: int, dtype: DTypeLike = np.float64) -> Array:
+        """Return numbers around 0, of standard deviation 1."""
+        return self.backend.copy(self.rng.normal(size=shape).astype(dtype))
+
     def moments(self) -> Moments:
         """Return the moments of volumes."""
         return Moments(self.near(1000.0), self.near(400.0))
@@ -104,6 +118,9 @@ def cases(backend: Backend, shape: Sequence[int], seed: int = 0) -> Iterator[Cas
     yield from _baseline_cases(arrays)
     yield from _space_cases(arrays)
     yield from _quality_cases(arrays)
+    yield from _drift_cases(arrays)
+    yield from _glm_cases(arrays, 1)
+    yield from _glm_cases(arrays, N_CLASSES)
     yield from _register_case(backend, arrays.shape)
 
 
@@ -215,6 +232,73 @@ def _quality_cases(arrays: _Arrays) -> Iterator[Case]:
     yield Case("track", "float32", n, (values, *state, usable), state, call)
 
 
+def _drift_cases(arrays: _Arrays) -> Iterator[Case]:
+    """Yield what takes drift out of a volume."""
+    do: Any = arrays.backend
+    n, volume, out = arrays.n, arrays.near(1000.0), arrays.near(1.0)
+    slow, level = arrays.near(1000.0), arrays.near(1000.0)
+    gains = do.copy(np.full(2, _GAIN))
+    call = partial(do.remove_slow, volume, slow, level, gains, out)
+    yield Case("remove_slow", "float32", n, (volume, slow, level, gains), (slow, level, out), call)
+    fit = (
+        arrays.normal(N_COLUMNS, n, dtype=np.float32),
+        arrays.normal(N_COLUMNS, dtype=np.float32),
+        arrays.normal(1),
+    )
+    call = partial(do.remove_fit, volume, *fit, out)
+    yield Case("remove_fit", "float32", n, (volume, *fit), (out,), call)
+
+
+def _glm_cases(arrays: _Arrays, n_classes: int) -> Iterator[Case]:
+    """Yield a step of the GLM with one t contrast; it whitens if there are classes of noise."""
+    do: Any = arrays.backend
+    n, p, whitened = arrays.n, N_COLUMNS, n_classes > 1
+    name = f", {n_classes} classes" if whitened else ""
+    weights = do.copy(np.eye(p)[-1:])
+    asked = Contrasts(weights, do.copy(np.array([0, 1], np.int32)), do.zeros(1, np.int32))
+    sizes: tuple[tuple[int, ...], ...] = ((p, p), (p,), (p,), (2,), (1, p), (1,))
+    *state, solved, scales = (do.zeros((n_classes, *size), np.float64) for size in sizes)
+    told = tuple(do.zeros((n_classes, *size)) for size in ((p, 2), (1, p), (4,)))
+    design, step = DesignState(*state), DesignStep(solved, scales, *told)
+    whitening = do.copy(np.tile([1.0, _CARRY if whitened else 0.0], n_classes))
+    pose, row = arrays.normal(len(POSE_FIELDS)), do.zeros(p, np.float64)
+    given = (pose, whitening, asked, design, step, row)
+    for _ in range(2 * p):  # until no column is new, and each needs its rotation
+        known = arrays.normal(p)
+        do.update_design(known, *given, motion_at=-1)
+    call = partial(do.update_design, known, *given, motion_at=_MOTION_AT)
+    reads = (known, pose, whitening, *asked, *design)
+    n_elements = n_classes * p * p
+    yield Case(f"update_design{name}", "-", n_elements, reads, (*design, *step, row), call)
+
+    order, labels, parts = in_classes(arrays.shape, n_classes)
+    fit = GlmState(
+        arrays.normal(p, n, dtype=np.float32),
+        *(arrays.near(mean) for mean in (1e5, 1000.0, 20.0)),
+        *(do.copy(part) for part in (order, labels, parts)),
+    )
+    volume, statistics = arrays.near(1000.0), do.zeros((1, n))
+    options = {"whitened": whitened, "first_column": p - 1}
+    call = partial(do.update_glm, volume, fit, asked, step, statistics, **options)
+    updated = (fit.coordinates, fit.squares, *((fit.previous,) if whitened else ()))
+    # The processor goes by parts of a class, the GPU by the voxels' labels.
+    where = (fit.parts,) if do.name == "cpu" else (fit.labels,) if whitened else ()
+    reads = (volume, *updated, fit.origin, *((fit.order,) if whitened else ()), *where)
+    reads = (*reads, *told, asked.offsets, asked.kinds)
+    yield Case(f"update_glm{name}", "float32", n, reads, (*updated, statistics), call)
+
+
+def in_classes(shape: Sequence[int], n_classes: int) -> list[NDArray[np.int32]]:
+    """Return order, labels and parts of a `GlmState`, of classes that vary smoothly in space."""
+    labels = (n_classes * central(shape)).astype(np.int32)
+    order = np.argsort(labels, kind="stable")
+    labels = labels[order]
+    changes = np.flatnonzero(np.diff(labels, prepend=-1))
+    starts = np.union1d(changes, np.arange(0, labels.size, PART_VOXELS))
+    parts = np.column_stack([labels[starts], starts, np.append(starts[1:], labels.size)])
+    return [np.ascontiguousarray(part, np.int32) for part in (order, labels, parts)]
+
+
 def _register_case(backend: Backend, shape: tuple[int, int, int]) -> Iterator[Case]:
     """Yield `N_STEPS` steps towards a volume that moved; with no tolerance none is the last.
 
@@ -223,31 +307,15 @@ def _register_case(backend: Backend, shape: tuple[int, int, int]) -> Iterator[Ca
     phantom = Phantom(shape)
     if not MotionStage.possible(phantom.grid):
         return
-    heard = _Listener(backend)
+    heard = Listener(backend, "register")
     stage = MotionStage(heard, phantom.grid)
     stage.set_reference(phantom.volume(0, np.zeros(6)).reshape(-1, order="F"))
     stage.push(backend.copy(phantom.volume(1, _MOTION).reshape(-1, order="F")))
-    call = heard.register_call
+    call = heard.call
     template: Template = call.args[2]
     read = (template.points, template.values, template.jacobian) * N_STEPS
     steps = partial(call.func, *call.args, max_iterations=N_STEPS, tolerance_mm=0.0)
     yield Case(f"register, {N_STEPS} steps", "-", template.values.size, read, (), steps)
-
-
-class _Listener:
-    """A backend that keeps the last call of `Backend.register`."""
-
-    register_call: "partial[None]"
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def register(self, *args: Any, **kwargs: Any) -> None:
-        self.register_call = partial(self._backend.register, *args, **kwargs)
-        self.register_call()
 
 
 def _sphere(backend: Backend, shape: Sequence[int]) -> RoiTable:

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from rtfmri.machine import Triad, beyond_caches_bytes
 Call = Callable[[], object]
 Timer = Callable[[], float]
 """Does something once and returns the seconds it took."""
+_Name = TypeVar("_Name", bound=Hashable)
 
 HOT_TURN, COLD_TURN = 10, 2
 """Timed calls a turn; with hot caches one more comes before them, to make the caches its own."""
@@ -137,17 +139,45 @@ def open_clock(backend: Backend) -> Clock:
     return CudaClock(backend) if backend.name == "cuda" else HostClock()
 
 
-def take_turns(timers: Mapping[str, Timer], rounds: int, *, cold: bool) -> dict[str, list[float]]:
+class Listener:
+    """A backend that keeps the last call of one of its operations, to be made again.
+
+    Parameters
+    ----------
+    backend : Backend
+    operation : str
+        The operation's name.
+    """
+
+    call: "partial[None]"
+
+    def __init__(self, backend: Backend, operation: str) -> None:
+        self._backend, self._operation = backend, operation
+
+    def __getattr__(self, name: str) -> Any:
+        asked = getattr(self._backend, name)
+        return partial(self._keep, asked) if name == self._operation else asked
+
+    def _keep(self, operation: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        self.call = partial(operation, *args, **kwargs)
+        self.call()
+
+
+def take_turns(
+    timers: Mapping[_Name, Timer], rounds: int, *, cold: bool, slow: Sequence[_Name] = ()
+) -> dict[_Name, list[float]]:
     """Run every timer in turn, *rounds* times round, and return the seconds of each.
 
-    So a change of the machine's speed meets all alike.
+    So a change of the machine's speed meets all alike. Those in *slow* run but once a turn, and
+    are not run before to make the caches their own.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    seconds: dict[_Name, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
-            if not cold:
+            if not cold and name not in slow:
                 timer()
-            seconds[name] += [timer() for _ in range(COLD_TURN if cold else HOT_TURN)]
+            n_calls = 1 if name in slow else COLD_TURN if cold else HOT_TURN
+            seconds[name] += [timer() for _ in range(n_calls)]
     return seconds
 
 

@@ -115,6 +115,46 @@ LAYOUTS = {
             ("times", _number(1, "times_faster")),
         ),
     ),
+    "glm": Layout(
+        "A step of the GLM with 12 columns against NumPy's incremental GLM and nilearn's refit",
+        (
+            ("grid", _text("grid")),
+            ("caches", _text("caches")),
+            ("contrasts", _text("contrasts")),
+            ("ms", _number(4, "median_ms")),
+            ("min", _number(4, "min_ms")),
+            ("p95", _number(4, "p95_ms")),
+            ("stream GB/s", _number(1, "stream_gb_s")),
+            ("B/voxel", _number(0, "bytes_per_voxel")),
+            ("they allow ms", _number(4, "allowed_ms")),
+            ("ours / allowed", _number(2, "of_allowed")),
+            ("NumPy ms", _number(1, "iglm_ms")),
+            ("times", _number(0, "times_faster", "iglm")),
+            ("in place ms", _number(1, "iglm_in_place_ms")),
+            ("times", _number(0, "times_faster", "iglm_in_place")),
+            ("nilearn ms", _number(0, "nilearn_ms")),
+            ("times", _number(0, "times_faster", "nilearn")),
+        ),
+    ),
+    "glm_cost": Layout(
+        "What a step of the GLM is made of, with independent (OLS) and with AR(1) noise",
+        (
+            ("grid", _text("grid")),
+            ("caches", _text("caches")),
+            *(
+                (f"{noise} {heading}", _number(digits, noise.lower(), key))
+                for noise in ("OLS", "AR1")
+                for heading, digits, key in (
+                    ("told µs", 1, "told_us"),
+                    ("update_design µs", 1, "design_us"),
+                    ("push ms", 4, "push_ms"),
+                )
+            ),
+            ("AR1 / OLS", _number(2, "times_ols")),
+            ("noise classes", _number(0, "n_classes")),
+            ("end of warm-up ms", _number(0, "warm_up_end_ms")),
+        ),
+    ),
     "chain": Layout(
         "A volume's whole way, from a mosaic's pixels to the ROIs' values",
         (

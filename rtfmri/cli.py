@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +20,7 @@ from rtfmri import __version__
 from rtfmri.errors import ConfigError, RtfmriError
 
 if TYPE_CHECKING:
+    from rtfmri.blobs import Blob
     from rtfmri.pipeline import Result
     from rtfmri.session import Session
 
@@ -31,6 +32,18 @@ app = typer.Typer(
 )
 out_console = Console()
 err_console = Console(stderr=True)
+
+
+class Threshold(StrEnum):
+    """What a blob must be above."""
+
+    t = "t"
+    z = "z"
+    p = "p"
+    bonferroni = "bonferroni"
+    fdr = "fdr"
+    anytime = "anytime"
+    e_bh = "e-bh"
 
 
 class Device(StrEnum):
@@ -55,6 +68,19 @@ DeviceOption = Annotated[
     Device, typer.Option(help="What computes; auto takes a GPU if there is one.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for machines.")]
+ContrastOption = Annotated[
+    str | None, typer.Option(help="Of the GLM; the recording's first by default.")
+]
+ThresholdOption = Annotated[
+    Threshold,
+    typer.Option(
+        help="t, z or p: of each voxel; bonferroni: of the map; fdr: share of false ones; "
+        "anytime, e-bh: the last two for who looks at every volume."
+    ),
+]
+LevelOption = Annotated[
+    float, typer.Option(help="The t or z itself, or the chance to be wrong, such as 0.05.")
+]
 RecordingArgument = Annotated[Path, typer.Argument(help="A recording (.h5).")]
 
 
@@ -98,6 +124,13 @@ def run(
     roi: Annotated[
         list[str] | None, typer.Option(help="A region as NAME=FILE; may be repeated.")
     ] = None,
+    contrast: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A t contrast of the GLM as NAME=EXPRESSION, such as side='left - right'; may be "
+            "repeated. By default each condition."
+        ),
+    ] = None,
     device: Annotated[
         Device | None, typer.Option(help="What computes: auto, cpu or cuda.")
     ] = None,
@@ -114,7 +147,12 @@ def run(
     settings = (Config.from_toml(config) if config else Config()).with_changes(
         tr_s=tr, device=device and device.value
     )
-    rois = dict(_split_roi(text) for text in roi or [])
+    if contrast:
+        contrasts = dict(_split(text, "--contrast", "EXPRESSION") for text in contrast)
+        settings = settings.with_changes(
+            glm=settings.glm.model_copy(update={"contrasts": contrasts})
+        )
+    rois = dict(_split(text, "--roi", "FILE") for text in roi or [])
     with err_console.status("preparing the kernels (the first time takes some seconds)"):
         session = Session(source, events=events, rois=rois, config=settings, out=out, speed=speed)
     with session:
@@ -139,11 +177,11 @@ def run(
         raise typer.Exit(3)
 
 
-def _split_roi(text: str) -> tuple[str, str]:
-    name, equals, file = text.partition("=")
-    if not (name and equals and file):
-        raise ConfigError(f"--roi must be NAME=FILE, got {text!r}")
-    return name, file
+def _split(text: str, option: str, what: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ConfigError(f"{option} must be NAME={what}, got {text!r}")
+    return name, value
 
 
 def _result_json(result: "Result", session: "Session") -> dict[str, Any]:
@@ -154,8 +192,10 @@ def _result_json(result: "Result", session: "Session") -> dict[str, Any]:
         "roi": {
             name: {
                 "signal": _finite(value.signal),
+                "filtered": _finite(value.filtered),
                 "psc": value.psc if result.baseline_ready else None,
                 "z": value.z if result.baseline_ready else None,
+                "t": {name: _finite(t) for name, t in value.t.items()},
             }
             for name, value in result.roi.items()
         },
@@ -222,7 +262,8 @@ def _state(result: "Result") -> Iterator[str]:
         minutes += f", {quality.forecast_min:.1f} to go"
     yield minutes
     for name, value in result.roi.items():
-        yield f"{name} {value.psc:+.2f} %"
+        t = next(iter(value.t.values()), None)
+        yield f"{name} {value.psc:+.2f} %" + ("" if t is None else f" (t {t:+.1f})")
     yield f"{result.latency_ms:.1f} ms"
 
 
@@ -252,6 +293,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
     table.add_row("late results", str(summary["missed_deadlines"]))
     table.add_row("device", summary["device"])
     out_console.print(table)
+    if summary["glm"]:
+        out_console.print(_glm_table(summary["glm"]))
     if not summary["contrasts"]:
         return
     table = Table(title="Against the baseline (Welch's t)", title_justify="left")
@@ -264,6 +307,26 @@ def _show_summary(summary: dict[str, Any]) -> None:
         place = ", ".join(f"{mm:.0f}" for mm in values["peak_mm"])
         table.add_row(escape(condition), "peak", f"{values['peak_t']:+.1f}", place)
     out_console.print(table)
+
+
+def _glm_table(glm: dict[str, Any]) -> Table:
+    table = Table(title="General linear model", title_justify="left")
+    for column in ("contrast", "where", "t or F", "effect", "e-value", "at x, y, z (mm)"):
+        table.add_column(column)
+    for contrast, values in glm.items():
+        for name, roi in values["roi"].items():
+            effect, evidence = "", ""
+            if roi["effect"] is not None:
+                effect = f"{roi['effect']:+.2f} ± {roi['standard_error']:.2f}"
+                evidence = f"10^{roi['log_e'] / math.log(10):.1f}"
+            statistic = f"{roi['kind']} {roi['statistic']:+.1f}"
+            table.add_row(escape(contrast), escape(name), statistic, effect, evidence, "")
+        place = ", ".join(f"{mm:.0f}" for mm in values["peak_mm"])
+        evident = values["evident_voxels"]
+        found = "" if evident is None else f"{evident} voxels evident"
+        peak = f"{values['kind']} {values['peak']:+.1f}"
+        table.add_row(escape(contrast), "peak", peak, "", found, place)
+    return table
 
 
 @app.command()
@@ -348,6 +411,108 @@ def export(
 
     files = export_bids(recording, bids, subject=subject)
     out_console.print(f"{len(files)} files written to {bids}", highlight=False)
+
+
+@app.command()
+def blobs(
+    recording: RecordingArgument,
+    contrast: ContrastOption = None,
+    threshold: ThresholdOption = Threshold.e_bh,
+    level: LevelOption = 0.05,
+    neighbours: Annotated[int, typer.Option(help="Of a voxel: 6, 18 or 26.")] = 26,
+    min_voxels: Annotated[int, typer.Option(help="Leave out smaller blobs.")] = 1,
+    mni: Annotated[
+        Path | None, typer.Option(help="Text file of the 4 x 4 affine from scanner to MNI mm.")
+    ] = None,
+    atlas: Annotated[
+        str | None,
+        typer.Option(
+            help="Names the peaks: a label image with its table (BIDS dseg), or AAL, AAL3 or "
+            "HCPEx with pip install 'rtfmri[atlas]'. Needs --mni."
+        ),
+    ] = None,
+    tsv: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the blobs of a contrast: size, peak, centre, and what the place is called.
+
+    Of a run that is still going on, too: with e-bh (or anytime) one may look at every volume.
+    """
+    from rtfmri.atlas import open_atlas
+    from rtfmri.blobs import StatMap, find_blobs, table, write_table
+    from rtfmri.blobs import threshold as find
+    from rtfmri.readers.nifti import read_affine
+    from rtfmri.recording import open_recording
+    from rtfmri.regions import contrast_of
+
+    to_mni = None if mni is None else read_affine(mni)
+    names = None if atlas is None else open_atlas(atlas)
+    with open_recording(recording) as run:
+        name, maps = contrast_of(run, contrast)
+        brain = run.quality_maps()["mask"] > 0
+        stat = StatMap.of(maps)
+        found = find(stat, brain, threshold.value, level)
+        rows = find_blobs(stat, found.above, run.grid, neighbours, min_voxels, to_mni, names)
+    if tsv:
+        write_table(rows, tsv)
+    if as_json:
+        print(json.dumps({"contrast": name, "threshold": found.text, "blobs": table(rows)}))
+        return
+    _show_blobs(f"{name}: {found.text}", rows)
+
+
+def _show_blobs(title: str, rows: "Sequence[Blob]") -> None:
+    if not rows:
+        out_console.print(f"{title}: no blobs", markup=False, highlight=False)
+        return
+    shown = Table(title=escape(title), title_justify="left")
+    for column in ("", "peak", "at x, y, z (mm)", "voxels", "cm\N{SUPERSCRIPT THREE}", "centre"):
+        shown.add_column(column, justify="right")
+    if any(blob.peak_mni_mm for blob in rows):
+        shown.add_column("MNI (mm)", justify="right")
+        shown.add_column("region")
+    for i, blob in enumerate(rows, 1):
+        places = [blob.peak_mm, blob.centre_mm, blob.peak_mni_mm]
+        peak, centre, mni = (p and ", ".join(f"{mm:.0f}" for mm in p) for p in places)
+        cells = [f"{blob.peak:+.1f}", peak, str(blob.n_voxels), f"{blob.volume_mm3 / 1000:.2f}"]
+        named = [mni, escape(blob.region or "")] if blob.peak_mni_mm else []
+        shown.add_row(str(i), *cells, centre, *named)
+    out_console.print(shown)
+
+
+@app.command()
+def localize(
+    recording: RecordingArgument,
+    out: Annotated[Path, typer.Option(help="The region to write, as NIfTI.")],
+    contrast: ContrastOption = None,
+    inside: Annotated[
+        Path | None, typer.Option(help="An anatomical mask in scanner mm; the brain by default.")
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(help="Take so many voxels of the largest t, instead of a cluster."),
+    ] = None,
+    threshold: ThresholdOption = Threshold.e_bh,
+    level: LevelOption = 0.05,
+) -> None:
+    """Make a region out of a functional localiser's run, for the next run's --roi.
+
+    The cluster around the largest t above the threshold, or the voxels of the largest t (--top).
+    """
+    from rtfmri.regions import localize as make
+
+    name, n_voxels = make(
+        recording,
+        out,
+        contrast=contrast,
+        inside=inside,
+        top_voxels=top,
+        method=threshold.value,
+        level=level,
+    )
+    next_run = f"rtfmri run SOURCE --roi {out.name.split('.')[0]}={out}"
+    text = f"{n_voxels} voxels of {name} in {out}; next: {next_run}"
+    out_console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

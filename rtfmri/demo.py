@@ -104,7 +104,7 @@ class Score:
             least_dice=float(expected),
             roc_area=float(roc_auc_score(active, t)),
             peak_t={name: float(condition.t[mask].max()) for name, mask in truth.regions.items()},
-            peak_mm=peak(condition, grid, brain)[1],
+            peak_mm=peak(condition.t, grid, brain)[1],
             inactive_t=inactive_t,
             inactive_limit_t=float(stats.t.isf(0.0005, n.sum() - 2)),
         )

@@ -19,6 +19,7 @@ from rtfmri.errors import ConfigError, RecordingError
 from rtfmri.pipeline import STAGES
 from rtfmri.recording import Recording, open_recording
 from rtfmri.stages.baseline import MIN_VOLUMES
+from rtfmri.stages.glm import ContrastMaps
 from rtfmri.volume import Grid
 
 _log = logging.getLogger(__name__)
@@ -33,14 +34,27 @@ _STATISTICS = {
 }
 """Units and formula; t is Welch's (1947, Biometrika 34:28)."""
 
+_GLM = {
+    "effect": ("arbitrary", "contrast of the coefficients"),
+    "variance": ("arbitrary", "variance of the effect"),
+    "t": ("1", "effect / sqrt(variance)"),
+    "F": ("1", "explained by the contrast's rows, per row, over the residual variance"),
+    "z": ("1", "standard normal with the same tail as the statistic"),
+    "p": ("1", "chance of a larger t, or F, where there is no effect; one-sided"),
+    "log10e": ("1", "log10 of the e-value, valid however often it was looked at"),
+}
+"""Units and meaning; the e-value is that of Lindon 2022 (arXiv:2210.08589)."""
+
 _QUALITY = {
+    "memory": "lag-1 autocorrelation of the noise that the GLM took out",
     "tsnr": "mean / standard deviation over the usable volumes",
     "snr": "mean / sqrt(mean squared difference of successive volumes / 2)",
 }
 
 _ROI_VALUES = {
     "signal": ("weighted mean of the voxels", "arbitrary"),
-    "psc": ("the signal against the baseline volumes before this one", "percent"),
+    "filtered": ("the same, detrended and filtered where that was asked for", "arbitrary"),
+    "psc": ("that against the baseline volumes before this one", "percent"),
     "z": ("the same in standard deviations of those volumes", "1"),
 }
 _STAGE_TEXTS = {
@@ -53,6 +67,8 @@ _STAGE_TEXTS = {
     "reslice": "to bring the brain to where it is in the reference",
     "smooth": "to smooth the volume, where that is asked for",
     "quality": "to judge the volume",
+    "glm": "to fit the general linear model, and test its contrasts",
+    "detrend": "to take out slow drift, where that is asked for",
     "baseline": "to subtract the baseline and update each condition's mean and variance",
     "roi": "to average the regions",
     "fetch": "to wait for the device and bring the values back",
@@ -65,9 +81,10 @@ def export_bids(
     """Write what a recording holds into a BIDS derivatives folder.
 
     That is the baseline's mean image; effect, PSC and Welch's t of every condition with enough
-    volumes to be tested; the regions; the events; feedback and timing of every volume. Maps are
-    float32 on the run's grid, in scanner mm. The maps of a run that did not end properly are made
-    again from its volumes.
+    volumes to be tested (``desc-subtraction``); of the GLM its design and every contrast's
+    effect, variance, statistic, z, p and e-value; the regions; the events; feedback and timing of
+    every volume. Maps are float32 on the run's grid, in scanner mm. The maps of a run that did not
+    end properly are made again from its volumes.
 
     Parameters
     ----------
@@ -165,7 +182,7 @@ def _contents(recording: Recording) -> dict[str, Any]:
     }
     files: dict[str, Any] = {}
 
-    def add_image(name: str, data: NDArray[Any], **sidecar: str) -> None:
+    def add_image(name: str, data: NDArray[Any], **sidecar: str | int) -> None:
         files[f"{name}.nii.gz"], files[f"{name}.json"] = data, sidecar | common
 
     mean = "Mean of the volumes of the baseline condition"
@@ -174,6 +191,8 @@ def _contents(recording: Recording) -> dict[str, Any]:
     brain = "Voxels that have a baseline and maps"
     add_image("desc-brain_mask", quality["mask"].astype(np.uint8), Description=brain, Type="Brain")
     for statistic, formula in _QUALITY.items():
+        if statistic == "memory" and not quality["memory"].any():
+            continue
         add_image(f"stat-{statistic}_statmap", quality[statistic], Units="1", Formula=formula)
     for condition, label in bids_labels(others).items():
         if min(maps[condition].n_volumes, maps[baseline].n_volumes) < MIN_VOLUMES:
@@ -181,13 +200,31 @@ def _contents(recording: Recording) -> dict[str, Any]:
             continue
         for statistic, (units, formula) in _STATISTICS.items():
             add_image(
-                f"contrast-{label}_stat-{statistic}_statmap",
+                f"contrast-{label}_desc-subtraction_stat-{statistic}_statmap",
                 getattr(maps[condition], statistic),
                 Description=f"{condition} against {baseline}",
                 Condition=condition,
                 Units=units,
                 Formula=formula,
             )
+    contrasts = recording.contrast_maps()
+    for contrast, label in bids_labels(contrasts).items():
+        if contrasts[contrast].dof < 1:
+            _log.warning("no maps of contrast %r: it could not be estimated", contrast)
+            continue
+        for statistic, image in _glm_maps(contrasts[contrast]).items():
+            units, formula = _GLM[statistic]
+            add_image(
+                f"contrast-{label}_stat-{statistic}_statmap",
+                image,
+                Description=f"Contrast {contrast} of the general linear model",
+                Units=units,
+                Formula=formula,
+                DegreesOfFreedom=contrasts[contrast].dof,
+            )
+    if recording.columns:
+        files["design.tsv"] = [recording.columns, *recording.design.tolist()]
+        files["design.json"] = _design_sidecar(recording)
     rois = bids_labels(recording.roi_names)
     for name, weights in recording.roi_weights.items():
         # BIDS has binary masks and, for weights from 0 to 1, probabilistic segmentations.
@@ -216,6 +253,46 @@ def _contents(recording: Recording) -> dict[str, Any]:
     return files
 
 
+def _glm_maps(maps: ContrastMaps) -> dict[str, NDArray[np.float32]]:
+    """Return a contrast's maps by the name of the statistic; 0 where nothing is known.
+
+    z and p are one-sided, as nilearn's: p is the chance of a larger value.
+    """
+    from scipy import special, stats
+
+    known = maps.statistic != 0
+    found = {"effect": maps.effect, "variance": maps.variance, maps.kind: maps.statistic}
+    p, z = np.zeros(maps.statistic.shape), np.zeros(maps.statistic.shape)
+    value = maps.statistic[known].astype(np.float64)
+    if maps.kind == "t":
+        p[known] = stats.t.sf(value, maps.dof)
+        tail = stats.t.logsf(np.abs(value), maps.dof)
+    else:
+        p[known] = stats.f.sf(value, maps.n_rows, maps.dof)
+        tail = stats.f.logsf(value, maps.n_rows, maps.dof)
+    sign = np.sign(value) if maps.kind == "t" else 1.0
+    z[known] = sign * -special.ndtri_exp(np.maximum(tail, _SMALLEST))
+    found |= {"z": z.astype(np.float32), "p": p.astype(np.float32)}
+    if maps.log_e is not None:
+        found["log10e"] = maps.log_e / np.float32(np.log(10))
+    return {name: image for name, image in found.items() if image is not None}
+
+
+def _design_sidecar(recording: Recording) -> dict[str, Any]:
+    """Return what the columns of the design are, and the contrasts' weights."""
+    settings, design = recording.config.glm, recording.pipeline("cpu").design
+    contrasts = design.contrasts if design else ()
+    return {
+        "RepetitionTime": recording.tr_s,
+        "HRF": settings.hrf,
+        "Drift": settings.drift,
+        "NoiseModel": settings.noise,
+        "Used": [bool(used) for used in recording.results["usable"]],
+        "Contrasts": {c.name: {"Test": c.kind, "Weights": c.weights.tolist()} for c in contrasts},
+    }
+
+
+_SMALLEST = float(np.log(np.finfo(np.float64).tiny))
 _Column = tuple[str, Sequence[Any], str, str]
 """Name, values, description, units ("" for none)."""
 
@@ -235,11 +312,14 @@ def _feedback(recording: Recording, rows: NDArray[Any]) -> list[_Column]:
     ]
     text = "Conditions the volume counted for, with commas between; n/a in a transition"
     columns = [*_position(rows), ("conditions", members, text, "")]
-    values = recording.roi[: len(rows)]
+    values, ts = recording.roi[: len(rows)], recording.roi_t[: len(rows)]
     for r, (roi, label) in enumerate(bids_labels(recording.roi_names).items()):
         for v, (value, (meaning, units)) in enumerate(_ROI_VALUES.items()):
             text = f"Region {roi}: {meaning}"
             columns.append((f"{label}_{value}", values[:, r, v].tolist(), text, units))
+        for c, (contrast, short) in enumerate(bids_labels(recording.contrast_names).items()):
+            text = f"Region {roi}: t (or F) of contrast {contrast} after this volume"
+            columns.append((f"{label}_t_{short}", ts[:, r, c].tolist(), text, "1"))
     return columns
 
 

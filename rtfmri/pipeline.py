@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,15 +13,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from rtfmri.backends import Array, Backend, open_backend
 from rtfmri.config import Config
+from rtfmri.design import Confounds, Design, check_design
 from rtfmri.errors import ConfigError, VolumeError
 from rtfmri.paradigm import Paradigm
 from rtfmri.stages.baseline import BaselineStage
 from rtfmri.stages.brain import BrainStage
+from rtfmri.stages.detrend import DetrendStage, with_derivative
+from rtfmri.stages.glm import MEMORY_FWHM_MM, ContrastMaps, GlmStage
 from rtfmri.stages.mask import brain_mask, load_nilearn
 from rtfmri.stages.motion import MotionStage, MotionValue
 from rtfmri.stages.quality import QualityStage, QualityValue, report_parts
 from rtfmri.stages.region import Mask
-from rtfmri.stages.roi import RoiStage, RoiValue, roi_table
+from rtfmri.stages.roi import RoiContrast, RoiStage, RoiValue, roi_table
 from rtfmri.stages.slice_timing import SliceTimingStage
 from rtfmri.volume import Grid, Volume
 
@@ -28,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 STAGES = (
     *("decode", "wait", "begin", "upload", "slice_timing", "motion", "reslice", "smooth"),
-    *("quality", "baseline", "roi", "fetch"),
+    *("quality", "glm", "detrend", "baseline", "roi", "fetch"),
 )
 """The steps of the path, as `Result.stage_ms` names them."""
 
@@ -59,6 +63,8 @@ class Result:
         Where the head is; None without motion correction.
     quality : QualityValue
         How good the volume is, and whether it was usable.
+    design : (n_columns,) float64 or None
+        The volume's row of the design matrix, motion filled in; None without a GLM.
     begins : bool
         Whether the run began with this volume: it is the first, or those before it turned out to
         be of the scanner's start-up, or no good, and count for nothing.
@@ -79,6 +85,7 @@ class Result:
     roi: dict[str, RoiValue]
     motion: MotionValue | None
     quality: QualityValue
+    design: NDArray[np.float64] | None
     begins: bool
     baseline_ready: bool
     stage_ms: dict[str, float]
@@ -101,16 +108,40 @@ class ConditionMaps(NamedTuple):
     t: NDArray[np.float32]
 
 
+class RunMaps(NamedTuple):
+    """All that a run has found so far; (x, y, z) maps, 0 outside the mask.
+
+    ``conditions`` by condition, ``contrasts`` of the GLM by contrast (empty without one),
+    ``quality`` by name: mask, tsnr, snr and memory, the noise's lag-1 autocorrelation that the GLM
+    has taken out.
+    """
+
+    conditions: dict[str, ConditionMaps]
+    contrasts: dict[str, ContrastMaps]
+    quality: dict[str, NDArray[np.float32]]
+
+
+class _Parts(NamedTuple):
+    """Which part of a volume's report holds what the quality stage does not measure."""
+
+    pose: slice
+    design: slice
+    roi: slice
+    roi_detrended: slice
+
+
 @dataclass(slots=True)
 class _Run:
     """What begins with the first good volume: all that depends on the reference and the brain."""
 
     brain: BrainStage
     quality: QualityStage
+    glm: GlmStage | None
+    detrend: DetrendStage | None
     baseline: BaselineStage
     roi: RoiStage
     report: Array
-    roi_means: slice
+    parts: "_Parts"
     prepare: Callable[[], None] | None = None
 
 
@@ -148,6 +179,12 @@ class Pipeline:
         The brain; needed if `MaskSettings.source` is a file, which others read.
     reference : (x, y, z) array, optional
         What to register to; needed if `MotionSettings.reference` is a file.
+    confounds : Confounds, optional
+        The user's regressors; needed if `GlmSettings.confounds` is a file.
+    tr_s : float, optional
+        Seconds between volumes; by default the first volume tells. The design needs it.
+    n_volumes : int, optional
+        The run's planned length, which decides how many cosines model the drift.
     dtype : dtype
         Of the volumes: int16, uint16 or float32. Kernels for it are compiled here, not later.
     backend : Backend, optional
@@ -156,7 +193,8 @@ class Pipeline:
     Raises
     ------
     ConfigError
-        If a region, mask or reference does not fit the grid, or is empty or missing.
+        If a region, mask or reference does not fit the grid, or is empty or missing, or a
+        contrast names what is no column of the design.
     DeviceError
         If the device cannot be had.
     """
@@ -170,6 +208,9 @@ class Pipeline:
         rois: Mapping[str, NDArray[Any]] | None = None,
         mask: NDArray[np.bool_] | None = None,
         reference: NDArray[Any] | None = None,
+        confounds: Confounds | None = None,
+        tr_s: float | None = None,
+        n_volumes: int | None = None,
         dtype: DTypeLike = np.int16,
         backend: Backend | None = None,
     ) -> None:
@@ -180,6 +221,13 @@ class Pipeline:
         self.grid = grid
         self.dtype = np.dtype(dtype)
         self.paradigm = paradigm or Paradigm((), config.paradigm, config.baseline)
+        self._confounds, self._n_planned = confounds, n_volumes
+        if confounds is None and config.glm.confounds is not None:
+            raise ConfigError(
+                "confounds must be given, since the settings name a file and a Pipeline reads "
+                "none; use a Session"
+            )
+        check_design(self.paradigm, config, confounds, n_volumes)
         self._backend = backend or open_backend(config.device, config.threads)
         for voxel in {self.dtype, np.dtype(np.float32)}:
             self._backend.warm(voxel)
@@ -188,6 +236,7 @@ class Pipeline:
         if mask is None and config.mask.source == "auto":
             load_nilearn()
         self._motion = self._new_motion()
+        self.design = None if tr_s is None else self._new_design(tr_s)
         self._slice_timing: SliceTimingStage | None = None
         self._run: _Run | None = None
         self._n_pushed = self._n_start_up = 0
@@ -238,6 +287,8 @@ class Pipeline:
         run, members = self._run, self.paradigm.members(volume.time_s, volume.tr_s)
         assert run is not None
         limits = self._backend.upload(run.quality.limits)
+        known = self._backend.upload(run.glm.told(volume.index)) if run.glm else None
+        drift = self._backend.upload(run.detrend.told(volume.index)) if run.detrend else None
         self._raw = self._voxels = self._backend.upload(self._patched(volume.flat))
         self._lap("upload")
         if self._slice_timing:
@@ -249,17 +300,39 @@ class Pipeline:
             run.prepare = self._backend.record(self._prepare)
         run.quality.push(self._brain_voxels, limits)
         self._lap("quality")
-        run.baseline.push(self._brain_voxels, members, run.quality.usable)
+        if run.glm:
+            pose = run.report[run.parts.pose] if run.glm.design.motion_at >= 0 else None
+            row = run.report[run.parts.design]
+            run.glm.push(self._brain_voxels, known, row, pose, run.quality.usable)
+            self._lap("glm")
+        voxels = self._brain_voxels
+        if run.detrend:
+            voxels = run.detrend.push(voxels, drift, run.quality.usable)
+            run.roi.push(voxels, run.report[run.parts.roi_detrended])
+            self._lap("detrend")
+        run.baseline.push(voxels, members, run.quality.usable)
         self._lap("baseline")
-        run.roi.push(self._brain_voxels, run.report[run.roi_means])
+        run.roi.push(self._brain_voxels, run.report[run.parts.roi])
         self._lap("roi")
         report = self._backend.fetch(run.report)
         motion = self._motion.result(report) if self._motion else None
         quality = run.quality.result(report)
         run.baseline.settle(quality.usable)
+        design = report[run.parts.design] if run.glm else None
+        if run.glm and design is not None:
+            run.glm.settle(design, quality.usable)
+        if run.detrend:
+            run.detrend.settle(quality.usable)
         if self._slice_timing and not quality.usable:
             self._slice_timing.forget()
-        roi = run.roi.compare(report[run.roi_means], members, quality.usable)
+        roi = run.roi.compare(
+            report[run.parts.roi],
+            members,
+            quality.usable,
+            detrended=report[run.parts.roi_detrended] if run.detrend else None,
+            index=volume.index,
+            row=design,
+        )
         done_s = self._lap("fetch")
         counted = members if quality.usable else ()
         return Result(
@@ -269,6 +342,7 @@ class Pipeline:
             roi=roi,
             motion=motion,
             quality=quality,
+            design=design,
             begins=begins,
             baseline_ready=run.baseline.ready,
             stage_ms=self._lap.ms,
@@ -345,9 +419,10 @@ class Pipeline:
         reference = data if self._reference is None else self._reference
         holes = ~np.isfinite(volume.data)
         brain = BrainStage(backend, self.grid, self._find_brain(reference, holes), config)
-        parts = report_parts(self.grid.shape[2], self._motion is not None)
-        roi_means = slice(parts.slices.stop, parts.slices.stop + len(self._rois))
-        report = backend.zeros(roi_means.stop, np.float64)
+        if self.design is None:
+            self.design = self._new_design(volume.tr_s)
+        parts = self._parts(self.design)
+        report = backend.zeros(parts.roi_detrended.stop, np.float64)
         if self._motion:
             self._motion.set_reference(reference.reshape(-1, order="F"), report[parts.pose])
         n_conditions, inside = len(self.paradigm.conditions), brain.mask.reshape(-1, order="F")
@@ -362,18 +437,77 @@ class Pipeline:
                 report=report,
                 has_motion=self._motion is not None,
             ),
+            self._new_glm(brain),
+            self._new_detrend(brain, volume.tr_s),
             BaselineStage(backend, brain.n_voxels, n_conditions, config.baseline, np.float32),
             RoiStage(
                 backend,
                 {name: w.reshape(-1, order="F")[inside] for name, w in self._rois.items()},
                 n_conditions,
-                config.baseline,
+                config,
+                self.design,
             ),
             report,
-            roi_means,
+            parts,
         )
         self._n_start_up = self._n_pushed
         self._holes = holes.reshape(-1, order="F") if holes.any() else None
+
+    def _parts(self, design: Design | None) -> _Parts:
+        """Lay out the report: first what quality knows of, then the design's row, then ROIs."""
+        measured = report_parts(self.grid.shape[2], self._motion is not None)
+        n_columns = len(design.columns) if design else 0
+        n_rois = len(self._rois)
+        ends = np.cumsum([measured.slices.stop, n_columns, n_rois, n_rois]).tolist()
+        return _Parts(measured.pose, *(slice(a, b) for a, b in pairwise(ends)))
+
+    def _new_design(self, tr_s: float) -> Design | None:
+        if not Design.wanted(self.paradigm, self._config):
+            return None
+        design = Design(
+            self.paradigm,
+            self._config.glm,
+            tr_s,
+            n_volumes=self._n_planned,
+            baseline=self._config.baseline,
+            confounds=self._confounds,
+            has_motion=self._motion is not None,
+            slice_time=self._slice_time,
+        )
+        for condition in design.silent:
+            _log.warning("condition %r: nothing of it falls into the run", condition)
+        return design
+
+    def _new_glm(self, brain: BrainStage) -> GlmStage | None:
+        if self.design is None:
+            return None
+        return GlmStage(
+            self._backend,
+            brain.n_voxels,
+            self.design,
+            self._config.glm,
+            lambda voxels: brain.spread(voxels, MEMORY_FWHM_MM),
+        )
+
+    def _new_detrend(self, brain: BrainStage, tr_s: float) -> DetrendStage | None:
+        if self._config.detrend.method == "off":
+            return None
+        return DetrendStage(
+            self._backend,
+            brain.n_voxels,
+            self._config.detrend,
+            self.paradigm,
+            tr_s,
+            n_volumes=self._n_planned,
+            # What the model of the response misses would be taken for drift.
+            hrf=with_derivative(self._config.glm.hrf),
+            slice_time=self._slice_time,
+        )
+
+    @property
+    def _slice_time(self) -> float:
+        """The moment a volume stands for, in TRs after its start: slice timing takes it there."""
+        return 0.5 if self._config.slice_timing.method == "off" else 0.0
 
     def _find_brain(self, reference: NDArray[Any], holes: Mask) -> Mask:
         """Return the mask, without holes, and with all voxels of all regions in it."""
@@ -437,21 +571,44 @@ class Pipeline:
             maps[name] = ConditionMaps(state.n_volumes, mean, effect, psc, t)
         return maps
 
-    def quality_maps(self) -> dict[str, NDArray[np.float32]]:
-        """Return the mask (0 or 1), tSNR and SNR of the usable volumes so far, as (x, y, z).
+    def glm_maps(self) -> dict[str, ContrastMaps]:
+        """Return what the GLM says of each contrast after the volumes so far, as (x, y, z) maps.
 
-        Empty before the run has begun.
+        Empty before the run has begun, and without a GLM.
+        """
+        run = self._run
+        if not (run and run.glm):
+            return {}
+        return {name: maps.each(run.brain.image) for name, maps in run.glm.maps().items()}
+
+    def quality_maps(self) -> dict[str, NDArray[np.float32]]:
+        """Return (x, y, z) maps of the usable volumes so far; empty before the run has begun.
+
+        ``mask`` is 0 or 1, ``tsnr`` and ``snr`` are the signal's, ``memory`` is the noise's lag-1
+        autocorrelation as far as the GLM takes it out.
         """
         if not self._run:
             return {}
-        brain = self._run.brain
-        maps = {"mask": np.ones(brain.n_voxels, np.float32), **self._run.quality.maps()}
+        brain, glm = self._run.brain, self._run.glm
+        maps = {
+            "mask": np.ones(brain.n_voxels, np.float32),
+            **self._run.quality.maps(),
+            "memory": glm.memory() if glm else np.zeros(brain.n_voxels, np.float32),
+        }
         return {name: brain.image(voxels) for name, voxels in maps.items()}
+
+    def run_maps(self) -> RunMaps:
+        """Return all maps of the volumes so far."""
+        return RunMaps(self.maps(), self.glm_maps(), self.quality_maps())
 
     def roi_t(self) -> dict[str, dict[str, float]]:
         """Return Welch's t of the ROI signals, each condition against the baseline."""
         conditions = enumerate(self.paradigm.conditions) if self._run else ()
         return {name: self._run.roi.t(i) for i, name in conditions if i and self._run}
+
+    def roi_contrasts(self) -> dict[str, dict[str, RoiContrast]]:
+        """Return what the GLM says of the ROI signals, by contrast and region."""
+        return self._run.roi.contrasts() if self._run else {}
 
     def _image(self, voxels: Array) -> NDArray[np.float32]:
         assert self._run is not None

@@ -2,20 +2,28 @@
 
 Layout (h5py; every dataset is chunked, every string has a fixed length)::
 
-    /                    attributes: format, version, tr_s, affine (4, 4), device, conditions,
-                         rois, slice_times_s (n_slices,) or none
+    /                    attributes: format, version, tr_s, n_planned (0: not known), affine
+                         (4, 4), device, conditions, rois, slice_times_s (n_slices,) or none,
+                         design and confounds (names of columns), contrasts, contrast_rows (how
+                         many rows each has; for t it is 0)
     /volumes             (n, z, y, x), as the scanner sent them; transposed it is (x, y, z)
     /results             (n,) compound: index, clocks, conditions, motion, quality, latency, one
                          time a stage
-    /roi                 (n, n_rois, 3) float64: signal, psc, z
+    /roi                 (n, n_rois, 4) float64: signal, filtered, psc, z
+    /roi_t               (n, n_rois, n_contrasts) float64: t or F
+    /design              (n, n_columns) float64: each volume's row of the design matrix
     /roi_weights         (n_rois, z, y, x) float32
     /events              (n_events,) compound: onset_s, duration_s, trial_type
     /config              the settings as JSON bytes, uint8
     /given/mask, reference       (1, z, y, x) what the run was given of these, else (0, z, y, x)
+    /given/confounds             (n_lines, n_confounds) float64
     /maps/mean, effect, psc, t   (n_conditions, z, y, x) float32; /maps/n_volumes (n_conditions,)
-    /maps/mask, tsnr, snr        (z, y, x) float32
+    /maps/mask, tsnr, snr, memory                   (z, y, x) float32
+    /glm/statistic, effect, variance, log_e         (n_contrasts, z, y, x) float32; /glm/dof
+                                                    (n_contrasts,)
     /skipped             (m,) compound: before_row, reason
-    /n_complete          (1,) int64: rows of volumes, results and roi that are safe
+    /n_complete          (1,) int64: rows of volumes, results, roi, roi_t and design
+                         that are safe
     /closed              (1,) uint8: 1 once the run has ended and the maps are in
 
 The file is in HDF5's single-writer-multiple-reader mode from its first volume on. `n_complete` is
@@ -28,7 +36,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import h5py
 import numpy as np
@@ -36,19 +44,24 @@ from numpy.typing import DTypeLike, NDArray
 
 import rtfmri
 from rtfmri.config import Config
+from rtfmri.design import Confounds, Design
 from rtfmri.errors import RecordingError
 from rtfmri.paradigm import MAX_NAME_BYTES, Event, Paradigm
-from rtfmri.pipeline import STAGES, ConditionMaps, Pipeline, Result
+from rtfmri.pipeline import STAGES, ConditionMaps, Pipeline, Result, RunMaps
+from rtfmri.stages.glm import ContrastMaps
 from rtfmri.stages.quality import PROBLEMS
 from rtfmri.volume import Grid, Volume
 
-FORMAT = "rtfmri-recording-2"
+FORMAT = "rtfmri-recording-3"
 _MAPS = ("mean", "effect", "psc", "t")
-_QUALITY_MAPS = ("mask", "tsnr", "snr")
+_QUALITY_MAPS = ("mask", "tsnr", "snr", "memory")
+_GLM_MAPS = ("statistic", "effect", "variance", "log_e")
 MOTION = (*(f"trans_{axis}_mm" for axis in "xyz"), *(f"rot_{axis}_deg" for axis in "xyz"))
 _PROBLEMS = tuple(PROBLEMS)
 _DISPLACEMENT = ("fd_mm", "fd_jenkinson_mm")
 _QUALITY = ("dvars", "dvars_std", "global_signal", "usable_min")
+_ROWS = ("volumes", "results", "roi", "roi_t", "design")
+"""What a volume adds a row to."""
 _NAME = f"S{MAX_NAME_BYTES}"
 _SKIPPED = np.dtype([("before_row", np.int64), ("reason", "S160")])
 _EVENT = np.dtype([("onset_s", np.float64), ("duration_s", np.float64), ("trial_type", _NAME)])
@@ -81,8 +94,10 @@ class Recorder:
         Overwritten if it exists: who must not lose a file asks `reserve` first.
     grid, tr_s, dtype
         Of every volume.
-    config, paradigm, rois, mask, reference, slice_times_s
+    config, paradigm, rois, mask, reference, confounds, n_planned, slice_times_s
         Of the run; they are written into the file, so that it can be replayed.
+    design : Design, optional
+        Of the run's GLM.
     device : str
         What computes the results.
 
@@ -104,12 +119,18 @@ class Recorder:
         rois: Mapping[str, NDArray[Any]] | None = None,
         mask: NDArray[np.bool_] | None = None,
         reference: NDArray[np.float32] | None = None,
+        confounds: Confounds | None = None,
+        design: Design | None = None,
+        n_planned: int | None = None,
         slice_times_s: Sequence[float] | None = None,
         device: str = "cpu",
     ) -> None:
         rois = rois or {}
+        confounds = confounds or Confounds(np.zeros((0, 0)), ())
+        columns, contrasts = (design.columns, design.contrasts) if design else ((), ())
         self._conditions = paradigm.conditions
         self._rois = tuple(rois)
+        self._contrasts = tuple(contrast.name for contrast in contrasts)
         self.n_volumes = 0
         zyx = grid.shape[::-1]
         try:
@@ -125,14 +146,24 @@ class Recorder:
         file.attrs["slice_times_s"] = np.array(slice_times_s or (), np.float64)
         file.attrs["conditions"] = _names(self._conditions)
         file.attrs["rois"] = _names(self._rois)
+        file.attrs["n_planned"] = n_planned or 0
+        file.attrs["design"] = _names(columns)
+        file.attrs["confounds"] = _names(confounds.names)
+        file.attrs["contrasts"] = _names(self._contrasts)
+        file.attrs["contrast_rows"] = [
+            len(contrast.weights) if contrast.kind == "F" else 0 for contrast in contrasts
+        ]
         events = np.array(
             [(e.onset_s, e.duration_s, e.trial_type.encode()) for e in paradigm.events], _EVENT
         )
         settings = np.frombuffer(config.model_dump_json().encode(), np.uint8)
         n_rois, n_conditions = len(self._rois), len(self._conditions)
+        n_contrasts = len(contrasts)
         self._create("volumes", (0, *zyx), dtype)
         self._create("results", (0,), _RESULT, rows=64)
-        self._create("roi", (0, n_rois, 3), np.float64, rows=64)
+        self._create("roi", (0, n_rois, 4), np.float64, rows=64)
+        self._create("roi_t", (0, n_rois, n_contrasts), np.float64, rows=64)
+        self._create("design", (0, len(columns)), np.float64, rows=64)
         self._create("skipped", (0,), _SKIPPED, rows=16)
         weights = self._create("roi_weights", (n_rois, *zyx), np.float32)
         for row, image in enumerate(rois.values()):
@@ -140,6 +171,8 @@ class Recorder:
         for name, given in (("mask", mask), ("reference", reference)):
             images = np.zeros((0, *zyx)) if given is None else given.T[None]
             self._create(f"given/{name}", images.shape, np.float32)[...] = images
+        values = confounds.values
+        self._create("given/confounds", values.shape, np.float64)[...] = values
         self._create("events", events.shape, _EVENT)[:] = events
         self._create("config", settings.shape, np.uint8, rows=settings.size)[:] = settings
         for name in _MAPS:
@@ -147,6 +180,9 @@ class Recorder:
         for name in _QUALITY_MAPS:
             self._create(f"maps/{name}", zyx, np.float32, rows=zyx[0])
         self._create("maps/n_volumes", (n_conditions,), np.int64)
+        for name in _GLM_MAPS:
+            self._create(f"glm/{name}", (n_contrasts, *zyx), np.float32)
+        self._create("glm/dof", (n_contrasts,), np.int64)
         self._n_complete = self._create("n_complete", (1,), np.int64)
         self._closed = self._create("closed", (1,), np.uint8)
         file.swmr_mode = True
@@ -175,24 +211,36 @@ class Recorder:
         row["latency_ms"] = result.latency_ms
         for stage in STAGES:
             row[f"{stage}_ms"] = result.stage_ms[stage]
-        values = [(v.signal, v.psc, v.z) for v in (result.roi[name] for name in self._rois)]
-        self._append(volume.data.T, row, np.array(values, np.float64).reshape(-1, 3))
+        values = [result.roi[name] for name in self._rois]
+        self._append(
+            volume.data.T,
+            row,
+            np.array([(v.signal, v.filtered, v.psc, v.z) for v in values]).reshape(-1, 4),
+            np.array([[v.t[name] for name in self._contrasts] for v in values]).reshape(
+                len(values), len(self._contrasts)
+            ),
+            np.zeros(0) if result.design is None else result.design,
+        )
 
     def skip(self, reason: str) -> None:
         """Write down that something arrived and was not used."""
         self._skip(self.n_volumes, reason)
 
-    def close(
-        self, maps: Mapping[str, ConditionMaps], quality: Mapping[str, NDArray[Any]]
-    ) -> None:
+    def close(self, maps: RunMaps) -> None:
         """Write the run's maps, mark the recording as whole, and close it."""
-        for name, image in quality.items():
+        for name, image in maps.quality.items():
             self._file[f"maps/{name}"][...] = image.T
-        for condition, values in maps.items():
+        for condition, values in maps.conditions.items():
             row = self._conditions.index(condition)
             for name in _MAPS:
                 self._file[f"maps/{name}"][row] = getattr(values, name).T
             self._file["maps/n_volumes"][row] = values.n_volumes
+        for contrast, found in maps.contrasts.items():
+            row = self._contrasts.index(contrast)
+            for name in _GLM_MAPS:
+                if (image := getattr(found, name)) is not None:
+                    self._file[f"glm/{name}"][row] = image.T
+            self._file["glm/dof"][row] = found.dof
         self._file.flush()
         self._closed[0] = 1
         self._file.close()
@@ -202,8 +250,9 @@ class Recorder:
         self._put("skipped", self._file["skipped"].shape[0], entry)
         self._file.flush()
 
-    def _append(self, zyx: NDArray[Any], row: NDArray[Any], roi: NDArray[np.float64]) -> None:
-        for name, value in (("volumes", zyx), ("results", row), ("roi", roi)):
+    def _append(self, *values: NDArray[Any]) -> None:
+        """Write one row of each of `_ROWS`."""
+        for name, value in zip(_ROWS, values, strict=True):
             self._put(name, self.n_volumes, value)
         self._file.flush()
         self._n_complete[0] = self.n_volumes + 1
@@ -238,6 +287,12 @@ class Recording:
     config : Config
     conditions, roi_names : tuple of str
         The baseline condition first.
+    columns, contrast_names : tuple of str
+        Of the GLM's design; empty without one.
+    confounds : Confounds or None
+        Where the run was given them.
+    n_planned : int or None
+        How many volumes were planned, where that was known.
     events : tuple of Event
     slice_times_s : tuple of float or None
     mask : (x, y, z) bool or None
@@ -261,6 +316,13 @@ class Recording:
         self.config = Config(**json.loads(self._file["config"][:].tobytes()))
         self.conditions = tuple(name.decode() for name in attributes["conditions"])
         self.roi_names = tuple(name.decode() for name in attributes["rois"])
+        self.columns = tuple(name.decode() for name in attributes["design"])
+        self.contrast_names = tuple(name.decode() for name in attributes["contrasts"])
+        self._contrast_rows = [int(n) for n in attributes["contrast_rows"]]
+        self.n_planned = int(attributes["n_planned"]) or None
+        confounds = tuple(name.decode() for name in attributes["confounds"])
+        values = self._file["given/confounds"][...]
+        self.confounds = Confounds(values, confounds) if confounds else None
         self.slice_times_s = tuple(attributes["slice_times_s"].tolist()) or None
         mask = self._given("mask")
         self.mask = None if mask is None else mask > 0
@@ -309,8 +371,18 @@ class Recording:
 
     @property
     def roi(self) -> NDArray[np.float64]:
-        """Signal, psc and z of each region, (n_volumes, n_rois, 3)."""
+        """Signal, filtered signal, psc and z of each region, (n_volumes, n_rois, 4)."""
         return np.asarray(self._rows("roi")[: self.n_volumes])
+
+    @property
+    def roi_t(self) -> NDArray[np.float64]:
+        """Each contrast's t or F of each region, (n_volumes, n_rois, n_contrasts)."""
+        return np.asarray(self._rows("roi_t")[: self.n_volumes])
+
+    @property
+    def design(self) -> NDArray[np.float64]:
+        """The design matrix, (n_volumes, n_columns)."""
+        return np.asarray(self._rows("design")[: self.n_volumes])
 
     @property
     def roi_weights(self) -> dict[str, NDArray[np.float32]]:
@@ -365,6 +437,9 @@ class Recording:
             rois=self.roi_weights if rois is None else rois,
             mask=self.mask,
             reference=self.reference,
+            confounds=self.confounds,
+            tr_s=self.tr_s,
+            n_volumes=self.n_planned,
             dtype=self._file["volumes"].dtype,
         )
 
@@ -392,8 +467,24 @@ class Recording:
             for i, condition in enumerate(self.conditions)
         }
 
+    def contrast_maps(self) -> dict[str, ContrastMaps]:
+        """Return each contrast's maps, as `maps` does; empty without a GLM."""
+        if not self.closed:
+            return self._replayed.glm_maps()
+        found = {}
+        for i, (name, n_rows) in enumerate(
+            zip(self.contrast_names, self._contrast_rows, strict=True)
+        ):
+            images = {name: self._file[f"glm/{name}"][i].T for name in _GLM_MAPS}
+            if n_rows:
+                images = {"statistic": images["statistic"]}
+            kind: Literal["t", "F"] = "F" if n_rows else "t"
+            dof = int(self._file["glm/dof"][i])
+            found[name] = ContrastMaps(kind, dof, n_rows or 1, **images)
+        return found
+
     def quality_maps(self) -> dict[str, NDArray[np.float32]]:
-        """Return mask, tSNR and SNR, (x, y, z); 0 where there is none."""
+        """Return mask, tSNR, SNR and the noise's memory, (x, y, z); 0 where there is none."""
         if not self.closed:
             return self._replayed.quality_maps()
         return {name: self._file[f"maps/{name}"][...].T for name in _QUALITY_MAPS}
@@ -456,15 +547,19 @@ def recover(path: str | Path, out: str | Path) -> int:
             rois=broken.roi_weights,
             mask=broken.mask,
             reference=broken.reference,
+            confounds=broken.confounds,
+            design=pipeline.design,
+            n_planned=broken.n_planned,
             slice_times_s=broken.slice_times_s,
             device=broken.device,
         )
-        for volume, row, roi in zip(broken.volumes(), broken.results, broken.roi, strict=False):
+        rows = broken.results, broken.roi, broken.roi_t, broken.design
+        for volume, *values in zip(broken.volumes(), *rows, strict=False):
             pipeline.push(volume)
-            recorder._append(volume.data.T, row, roi)
+            recorder._append(volume.data.T, *values)
         for before_row, reason in broken.skipped:
             recorder._skip(before_row, reason)
-        recorder.close(pipeline.maps(), pipeline.quality_maps())
+        recorder.close(pipeline.run_maps())
         return recorder.n_volumes
 
 

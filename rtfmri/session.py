@@ -11,18 +11,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rtfmri.anytime import e_bh
 from rtfmri.backends import open_backend
 from rtfmri.config import Config
+from rtfmri.design import Confounds, check_design, read_confounds
 from rtfmri.errors import ConfigError, SourceError, VolumeError
 from rtfmri.paradigm import Event, Paradigm, read_events
-from rtfmri.pipeline import ConditionMaps, Pipeline, Result
+from rtfmri.pipeline import ConditionMaps, Pipeline, Result, RunMaps
 from rtfmri.readers import Reader, Skipped, open_reader
 from rtfmri.readers.nifti import read_mask, read_reference, read_roi
 from rtfmri.recording import Recorder, reserve
@@ -35,6 +37,8 @@ _log = logging.getLogger(__name__)
 _READ_AHEAD = 2
 _WRITE_BEHIND = 32
 _TR_TOLERANCE_S = 1e-4
+EVIDENT = 0.05
+"""False discovery rate of the voxels that a summary calls evident."""
 
 
 @dataclass(slots=True)
@@ -115,9 +119,13 @@ class Session:
             if isinstance(image, str | Path) and not Path(image).is_file():
                 raise ConfigError(f"ROI {name!r}: no such file: {image}")
         self._mask_file, self._reference_file = _files(self._config)
+        table = self._config.glm.confounds
+        self._confounds = None if table is None else read_confounds(table)
         if isinstance(source, str):
             source = open_reader(source, tr_s=self._config.tr_s, speed=speed)
         self._reader = source
+        _check_length(self._confounds, source.n_volumes)
+        check_design(self.paradigm, self._config, self._confounds, source.n_volumes)
         self._out = None if out is None else Path(out)
         self._backend = open_backend(self._config.device, self._config.threads)
         for dtype in VOXEL_DTYPES:
@@ -193,7 +201,7 @@ class Session:
             except queue.Empty:
                 continue
         if self._writer and self.pipeline:
-            self._writer.close(self.pipeline.maps(), self.pipeline.quality_maps())
+            self._writer.close(self.pipeline.run_maps())
         elif self._out:
             self._out.unlink(missing_ok=True)
 
@@ -214,7 +222,7 @@ class Session:
             grid = self.pipeline.grid
             brain = self.pipeline.quality_maps()["mask"] > 0
             for condition, t in self.pipeline.roi_t().items():
-                peak_t, peak_mm = peak(maps[condition], grid, brain)
+                peak_t, peak_mm = peak(maps[condition].t, grid, brain)
                 roi_t = {name: None if math.isnan(value) else value for name, value in t.items()}
                 contrasts[condition] = {"roi_t": roi_t, "peak_t": peak_t, "peak_mm": peak_mm}
         return {
@@ -228,7 +236,37 @@ class Session:
             "latency_ms": {f"p{p}": self.latency.percentile_ms(p) for p in (50, 95, 99)},
             "device": self.pipeline.device if self.pipeline else None,
             "contrasts": contrasts,
+            "glm": self._glm_summary(),
         }
+
+    def _glm_summary(self) -> dict[str, Any]:
+        """Return what the GLM says: for each contrast its peak, and each region's effect.
+
+        ``evident_voxels`` are those that e-BH finds with a false discovery rate of 5 %, however
+        often one has looked; log10 of an e-value of 2 is strong evidence, below 0 there is none.
+        """
+        from rtfmri.report import peak
+
+        if not self.pipeline:
+            return {}
+        summary: dict[str, Any] = {}
+        brain = self.pipeline.quality_maps()["mask"] > 0
+        regions = self.pipeline.roi_contrasts()
+        for name, maps in self.pipeline.glm_maps().items():
+            largest, place_mm = peak(maps.statistic, self.pipeline.grid, brain)
+            evident = None
+            if maps.log_e is not None:
+                log_e = maps.log_e[brain]
+                evident = int(np.count_nonzero(log_e >= e_bh(log_e, EVIDENT)))
+            summary[name] = {
+                "kind": maps.kind,
+                "dof": maps.dof,
+                "peak": largest,
+                "peak_mm": place_mm,
+                "evident_voxels": evident,
+                "roi": {roi: asdict(value) for roi, value in regions.get(name, {}).items()},
+            }
+        return summary
 
     def _quality_summary(self) -> dict[str, Any]:
         """Return how good the run is: counts, minutes, FD in mm, DVARS in percent, median tSNR."""
@@ -311,6 +349,9 @@ class Session:
             rois=rois,
             mask=mask,
             reference=reference,
+            confounds=self._confounds,
+            tr_s=first.tr_s,
+            n_volumes=self._reader.n_volumes,
             dtype=first.data.dtype,
             backend=self._backend,
         )
@@ -325,6 +366,9 @@ class Session:
                 rois=rois,
                 mask=mask,
                 reference=reference,
+                confounds=self._confounds,
+                design=pipeline.design,
+                n_planned=self._reader.n_volumes,
                 slice_times_s=first.slice_times_s,
                 device=pipeline.device,
             )
@@ -397,10 +441,8 @@ class _Writer:
     def skip(self, reason: str) -> None:
         self._jobs.put(lambda: self._recorder.skip(reason))
 
-    def close(
-        self, maps: Mapping[str, ConditionMaps], quality: Mapping[str, NDArray[np.float32]]
-    ) -> None:
-        self._jobs.put(lambda: self._recorder.close(maps, quality))
+    def close(self, maps: RunMaps) -> None:
+        self._jobs.put(lambda: self._recorder.close(maps))
         self._jobs.put(None)
         self._thread.join()
 
@@ -417,6 +459,14 @@ class _Writer:
                     self.n_recorded,
                     error,
                 )
+
+
+def _check_length(confounds: Confounds | None, n_volumes: int | None) -> None:
+    if confounds and n_volumes and len(confounds.values) < n_volumes:
+        raise ConfigError(
+            f"glm.confounds must have a line for each of the run's {n_volumes} volumes, "
+            f"got {len(confounds.values)}"
+        )
 
 
 def _files(config: Config) -> tuple[Path | None, Path | None]:

@@ -64,7 +64,9 @@ def record(
     config = plain(**settings)
     paradigm = Paradigm(events, config.paradigm, config.baseline)
     first = run[0]
-    pipeline = Pipeline(first.grid, config, paradigm=paradigm, rois=rois, dtype=first.data.dtype)
+    pipeline = Pipeline(
+        first.grid, config, paradigm=paradigm, rois=rois, tr_s=TR_S, dtype=first.data.dtype
+    )
     growing = path.with_suffix(".growing")
     recorder = Recorder(
         growing,
@@ -74,6 +76,7 @@ def record(
         config=config,
         paradigm=paradigm,
         rois=rois,
+        design=pipeline.design,
     )
     for volume in run:
         recorder.append(volume, pipeline.push(volume))
@@ -81,7 +84,7 @@ def record(
         recorder.skip(reason)
     if broken:
         shutil.copy(growing, path)
-    recorder.close(pipeline.maps(), pipeline.quality_maps())
+    recorder.close(pipeline.run_maps())
     if not broken:
         growing.rename(path)
     return pipeline

@@ -65,3 +65,24 @@ def roi_means(volume: NDArray[Any], rois: RoiTable) -> Floats:
     offsets, voxels, weights = rois
     x, w = volume[voxels].astype(np.float64), weights.astype(np.float64)
     return np.array([w[a:b] @ x[a:b] for a, b in pairwise(offsets)])
+
+
+def least_squares(rows: ArrayLike, y: ArrayLike, weights: ArrayLike) -> tuple[Floats, Floats, int]:
+    """Effects (n_rows, n_voxels), t or F (n_voxels,) and degrees of freedom, from one batch fit.
+
+    Columns that depend on others are dealt with by the pseudo-inverse; *weights* (n_rows,
+    n_columns) must be estimable. One row makes t.
+    """
+    x, y = np.asarray(rows, np.float64), np.asarray(y, np.float64)
+    size = np.linalg.norm(x, axis=0)
+    size[size == 0] = 1
+    x, c = x / size, np.atleast_2d(np.asarray(weights, np.float64)) / size
+    inverse, rank = np.linalg.pinv(x, rcond=1e-12), np.linalg.matrix_rank(x, tol=1e-12)
+    beta, dof = inverse @ y, len(x) - rank
+    variance = ((y - x @ beta) ** 2).sum(0) / dof
+    effect = c @ beta
+    covariance = c @ inverse @ inverse.T @ c.T
+    if len(c) == 1:
+        return effect, effect[0] / np.sqrt(variance * covariance[0, 0]), int(dof)
+    explained = np.einsum("rv,rs,sv->v", effect, np.linalg.inv(covariance), effect)
+    return effect, explained / len(c) / variance, int(dof)

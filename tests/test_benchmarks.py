@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rtfmri.backends import POSE_FIELDS, Backend, gpu_problem, open_backend
+from rtfmri.backends import PART_VOXELS, POSE_FIELDS, Backend, gpu_problem, open_backend
 from rtfmri.cli import load_benchmarks
+from rtfmri.config import GlmSettings
 from rtfmri.errors import ConfigError, DeviceError
 from rtfmri.pipeline import STAGES
 from rtfmri.stages.smoothing import SmoothingStage
@@ -23,10 +24,10 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 benchmarks = load_benchmarks()
-baseline, chain, kernels, latency, measure, motion, phantom, tables = (
+baseline, chain, glm, kernels, latency, measure, motion, phantom, tables = (
     importlib.import_module(f"{benchmarks.__name__}.{name}")
     for name in (
-        *("baseline", "chain", "kernels", "latency"),
+        *("baseline", "chain", "glm", "kernels", "latency"),
         *("measure", "motion", "phantom", "tables"),
     )
 )
@@ -57,7 +58,7 @@ def test_every_suite_gives_rows_for_every_grid(report):
     assert report["device"] == "cpu"
     assert set(report["tables"]) == set(tables.LAYOUTS)
     grids = {"16x16x12", "20x18x14"}
-    for name in ("kernels", "baseline", "motion", "smoothing", "chain", "latency"):
+    for name in set(tables.LAYOUTS) - {"flat"}:
         assert {row["grid"] for row in report["tables"][name]} == grids
     assert [row["baseline"] for row in report["tables"]["flat"]] == [
         "cumulative",
@@ -79,6 +80,12 @@ def test_ratios_are_those_of_the_medians_beside_them(report):
         n = np.prod([int(size) for size in row["grid"].split("x")])
         assert row["allowed_ms"] == pytest.approx(1e-6 * 26 * n / row["stream_gb_s"])
         assert row["of_allowed"] == pytest.approx(row["median_ms"] / row["allowed_ms"])
+    for row in report["tables"]["glm"]:
+        n = np.prod([int(size) for size in row["grid"].split("x")])
+        allowed_ms = 1e-6 * row["bytes_per_voxel"] * n / row["stream_gb_s"]
+        assert row["allowed_ms"] == pytest.approx(allowed_ms)
+        assert row["of_allowed"] == pytest.approx(row["median_ms"] / row["allowed_ms"])
+    for row in (*report["tables"]["baseline"], *report["tables"]["glm"]):
         for name, times in row["times_faster"].items():
             assert times == pytest.approx(row[f"{name}_ms"] / row["median_ms"])
 
@@ -127,6 +134,18 @@ def test_cuda_without_a_gpu_is_refused():
 # 24 x 22 x 14: reads + writes.
 N_PLANE, N_VOXELS, N_ENTRIES, N_MEASURED = 24 * 22, 24 * 22 * 14, 160, 14 + 2 + 4 * 15
 RUN = 12 / 24
+# Of 12 columns: the row as it was known, the pose, one contrast, the row; then what each class
+# has: factor, squares, previous, counts twice, whitening, what the step says.
+UPDATE_DESIGN = 12 * 8 + 14 * 8 + (12 * 8 + 8 + 4) + 12 * 8
+OF_A_CLASS = 2 * 8 * (144 + 12 + 12 + 2) + 2 * 8 + 8 * (12 + 1) + 4 * (24 + 12 + 4)
+
+
+def glm_parts_bytes(n_classes):
+    """Return the bytes of an `update_glm` that do not grow with the voxels."""
+    *_, parts = kernels.in_classes((24, 22, 14), n_classes)
+    return parts.nbytes + n_classes * 4 * (24 + 12 + 4) + 8 + 4
+
+
 BYTES_PER_VOXEL = {
     ("subtract + fold", "int16"): 2 + 8 + 12 + 8,
     ("subtract + fold", "uint16"): 2 + 8 + 12 + 8,
@@ -149,6 +168,14 @@ BYTES_PER_VOXEL = {
     ("compare", "float32"): 4 + 4 + 2 * 8 / N_VOXELS,
     ("judge", "-"): 8 + 16 + 4 / N_MEASURED,
     ("track", "float32"): 5 * 4 + 4 / N_VOXELS + 4 * 4,
+    ("remove_slow", "float32"): 4 + 8 + 4 + 8 + 2 * 8 / N_VOXELS,
+    ("remove_fit", "float32"): 4 + 12 * 4 + 4 + (12 * 4 + 8) / N_VOXELS,
+    ("update_design", "-"): (UPDATE_DESIGN + OF_A_CLASS) / 144,
+    ("update_design, 20 classes", "-"): (UPDATE_DESIGN + 20 * OF_A_CLASS) / (20 * 144),
+    ("update_glm", "float32"): 4 + 2 * 12 * 4 + 2 * 4 + 4 + 4 + glm_parts_bytes(1) / N_VOXELS,
+    ("update_glm, 20 classes", "float32"): (
+        4 + 2 * 12 * 4 + 2 * 4 + 4 + 2 * 4 + 4 + 4 + glm_parts_bytes(20) / N_VOXELS
+    ),
     ("register, 3 steps", "-"): 3 * (12 + 4 + 28),
 }
 
@@ -157,6 +184,11 @@ def test_bytes_per_voxel_are_the_contracts():
     cases = list(kernels.cases(open_backend("cpu"), (24, 22, 14)))
     found = {(case.operation, case.dtype): case.moved_bytes / case.n for case in cases}
     assert found == pytest.approx(BYTES_PER_VOXEL)
+
+
+MORE_THAN_THEY_GO_THROUGH = (
+    *("slide", "refresh", "roi", "smooth", "reslice", "gather", "update_glm"),
+)
 
 
 def test_bytes_held_are_those_of_the_arrays_that_the_backend_gets():
@@ -179,8 +211,8 @@ def test_bytes_held_are_those_of_the_arrays_that_the_backend_gets():
 
     n_checked = 0
     for case in kernels.cases(Spy(), (8, 6, 5)):
-        if case.operation.startswith(("slide", "refresh", "roi", "smooth", "reslice", "gather")):
-            continue  # these get more than they go through
+        if case.operation.startswith(MORE_THAN_THEY_GO_THROUGH):
+            continue
         case.call()
         arrays = {}
         for item in given:
@@ -189,7 +221,7 @@ def test_bytes_held_are_those_of_the_arrays_that_the_backend_gets():
                     arrays[part.ctypes.data] = part.nbytes
         assert case.held_bytes == sum(arrays.values())
         n_checked += 1
-    assert n_checked == 12
+    assert n_checked == 16
 
 
 def test_every_operation_of_the_protocol_is_measured():
@@ -197,6 +229,24 @@ def test_every_operation_of_the_protocol_is_measured():
     operations = {name for name in vars(Backend) if not name.startswith("_")} - around
     cases = kernels.cases(open_backend("cpu"), (24, 22, 14))
     assert {re.split("[ ,]", case.operation)[0] for case in cases} == operations
+
+
+@pytest.mark.parametrize("n_classes", [1, 20])
+def test_glm_that_is_timed_turns_every_column_for_every_voxel_of_every_class(n_classes):
+    backend = open_backend("cpu")
+    name = "update_glm" if n_classes == 1 else "update_glm, 20 classes"
+    case = next(c for c in kernels.cases(backend, (24, 22, 14)) if c.operation == name)
+    _, fit, _, step, statistics = case.call.args
+    assert np.abs(step.rotations).min() > 0
+    assert sorted(fit.order) == list(range(N_VOXELS))
+    labels, starts, stops = fit.parts.T
+    assert [*starts, N_VOXELS] == [0, *stops]
+    assert (stops - starts).max() <= PART_VOXELS
+    np.testing.assert_array_equal(np.repeat(labels, stops - starts), fit.labels)
+    before = fit.coordinates.copy()
+    case.call()
+    assert (fit.coordinates != before).mean() > 0.99
+    assert np.count_nonzero(statistics) == N_VOXELS
 
 
 def test_registration_that_is_timed_takes_its_steps_at_each_call_anew():
@@ -276,6 +326,26 @@ def test_what_is_compared_takes_turns_and_the_first_hot_call_does_not_count(
     assert ran == 2 * order
     assert len(seconds["a"]) == len(seconds["b"]) == 2 * (2 if cold else 10)
     assert (1.0 in seconds["a"]) == cold
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_what_is_slow_runs_once_a_turn(cold):
+    ran = []
+    timers = {name: lambda name=name: float(ran.append(name) is None) for name in "ab"}
+    seconds = measure.take_turns(timers, rounds=3, cold=cold, slow=("b",))
+    assert ran.count("b") == len(seconds["b"]) == 3
+    assert len(seconds["a"]) == 3 * (measure.COLD_TURN if cold else measure.HOT_TURN)
+
+
+def test_a_listener_repeats_the_last_call_of_its_operation_alone():
+    did = []
+    backend = SimpleNamespace(fold=lambda *args, **kwargs: did.append((args, kwargs)), name="x")
+    heard = measure.Listener(backend, "fold")
+    heard.fold(1, gain=2)
+    heard.fold(3, gain=4)
+    heard.call()
+    assert heard.name == "x"
+    assert did == [((1,), {"gain": 2}), ((3,), {"gain": 4}), ((3,), {"gain": 4})]
 
 
 @pytest.mark.parametrize("cold", [True, False])
@@ -461,6 +531,128 @@ def test_smoothing_is_compared_with_what_gives_the_same(report):
         assert row["times_faster"] == pytest.approx(row["scipy_ms"] / row["median_ms"])
 
 
+SMALL = (9, 8, 7)
+
+
+@pytest.fixture(scope="module")
+def fits():
+    """Ours with both kinds of noise and the peers, after the same volumes; and these."""
+    backend, n_voxels = open_backend("cpu"), int(np.prod(SMALL))
+    ols, ar1 = glm.Fit(backend, SMALL, 4), glm.Fit(backend, SMALL, 1, "ar1")
+    peers = glm.Peers(n_voxels, ols.design.contrasts[0].weights[0])
+    series = list(glm.volumes(SMALL, glm.N_VOLUMES))
+    for volume, pose in zip(series, glm.poses(glm.N_VOLUMES), strict=True):
+        for fit in (ols, ar1):
+            fit.take(volume, pose)
+        peers.take(volume, ols.rows[-1])
+    return ols, ar1, peers, np.array(series, np.float64)
+
+
+def t_by_least_squares(series, rows, contrast):
+    coefficients, squares, rank, _ = np.linalg.lstsq(rows, series)
+    dof = len(rows) - rank
+    scale = contrast @ np.linalg.inv(rows.T @ rows) @ contrast
+    return contrast @ coefficients / np.sqrt(squares / dof * scale)
+
+
+def test_incremental_glms_of_numpy_are_least_squares_after_every_volume(fits):
+    ols, *_, series = fits
+    rows, contrast = np.array(ols.rows), ols.design.contrasts[0].weights[0]
+    peers = [form(series.shape[1], contrast) for form in (glm.Iglm, glm.InPlaceIglm)]
+    for n, (volume, row) in enumerate(zip(series, rows, strict=True), start=1):
+        for peer in peers:
+            peer.take(volume, row)
+        # Until some volumes after the 12th the design is as good as singular.
+        if n in (30, 60, 100):
+            expected = t_by_least_squares(series[:n], rows[:n], contrast)
+            for peer in peers:
+                # A mean square of 1e6 less what is explained leaves 400; the design's condition
+                # number, squared by X'X, is some 1e5: 1e9 float64 roundings of 1e-16 each.
+                np.testing.assert_allclose(peer.t(), expected, rtol=0, atol=1e-6)
+
+
+def test_ours_and_the_peers_tell_the_same_t(fits):
+    ols, _, peers, series = fits
+    rows = np.array(ols.rows)
+    weights = [contrast.weights[0] for contrast in ols.design.contrasts[:3]]
+    expected = [t_by_least_squares(series, rows, w) for w in weights]
+    # Each of 100 volumes rotates 12 coordinates, of some 300 against a noise of 20, in float32.
+    np.testing.assert_allclose(ols.statistics()[:3], expected, rtol=0, atol=1200 * 15 * EPS)
+    assert np.abs(expected).max() > 2
+    if importlib.util.find_spec("nilearn"):
+        assert set(peers.calls()) == {"iglm", "iglm_in_place", "nilearn"}
+        t = glm.refit(series, rows, weights[0])
+        np.testing.assert_allclose(t, expected[0], rtol=0, atol=1e-9)
+    again = np.vstack([rows, rows[-1:]])
+    expected = t_by_least_squares(np.vstack([series, series[-1:]]), again, weights[0])
+    for name in ("iglm", "iglm_in_place"):
+        np.testing.assert_allclose(peers.calls()[name](), expected, rtol=0, atol=1e-6)
+
+
+def test_glm_that_is_timed_has_twelve_columns_that_all_matter(fits):
+    ols = fits[0]
+    assert len(ols.design.columns) == glm.N_COLUMNS == 12
+    assert [contrast.kind for contrast in ols.design.contrasts] == ["t", "t", "t", "F"]
+    rows = np.array(ols.rows)
+    assert np.linalg.cond(rows / np.linalg.norm(rows, axis=0)) < 1000
+    motion_columns = rows[:, ols.design.motion_at :][:, :6]
+    wander = phantom.walk(glm.N_VOLUMES) * ([1] * 3 + [np.pi / 180] * 3)
+    # Small angles about three axes at once: order matters by their product, 3e-4.
+    np.testing.assert_allclose(motion_columns, wander, rtol=0, atol=5e-4)
+
+
+def test_glm_with_ar1_has_many_classes_of_noise_after_a_warm_up_that_is_timed(fits):
+    ols, ar1, *_ = fits
+    assert ols.n_classes() == 1
+    assert ar1.n_classes() > 5
+    n_warm_up = GlmSettings().ar1_warm_up_volumes
+    assert np.argmax(ar1.settle_ms) == n_warm_up - 1
+    assert ar1.settle_ms[n_warm_up - 1] > 10 * max(ols.settle_ms[1:])
+
+
+def test_volumes_remember_most_in_the_middle():
+    series = np.array(list(glm.volumes((15, 15, 15), 200)), np.float64)
+    series -= series.mean(axis=0)
+    lag_one = (series[1:] * series[:-1]).sum(axis=0) / (series**2).sum(axis=0)
+    where = glm.central((15, 15, 15))
+    assert where.min() < 0.15
+    assert where.max() == pytest.approx(1)
+    # Some 100 voxels of 200 volumes each: a standard error of 0.007.
+    assert lag_one[where > 0.95].mean() == pytest.approx(0.5, abs=0.03)
+    assert lag_one[where < 0.35].mean() == pytest.approx(0.2, abs=0.04)
+
+
+def test_glm_is_timed_without_nilearn_and_leaves_its_refit_out(monkeypatch, short):
+    monkeypatch.setitem(sys.modules, "nilearn", None)
+    monkeypatch.setattr(glm, "find_spec", lambda name: None)
+    report = benchmarks.run(device="cpu", grids=[SMALL], suites=["glm"], rounds=1)
+    first = report["tables"]["glm"][0]
+    assert set(first["times_faster"]) == {"iglm", "iglm_in_place"}
+    assert tables.cells("glm", [first])[0][-2:] == ["-", "-"]
+
+
+def test_series_too_large_for_memory_are_not_refitted(monkeypatch):
+    monkeypatch.setattr(glm, "MOST_SERIES_BYTES", 8 * glm.N_VOLUMES * 10)
+    assert len(glm.Peers(11, np.eye(12)[0]).calls()) == 2
+
+
+def test_glm_rows_say_what_is_asked_and_what_it_costs(report):
+    rows = [row for row in report["tables"]["glm"] if row["grid"] == "16x16x12"]
+    assert [(row["caches"], row["contrasts"], row["bytes_per_voxel"]) for row in rows] == [
+        ("hot", "1 t", 116),
+        ("hot", "3 t + 1 F", 128),
+        ("cold", "1 t", 116),
+        ("cold", "3 t + 1 F", 128),
+    ]
+    assert tables.cells("glm", [rows[1]])[0][-6:] == ["-"] * 6
+    for row in report["tables"]["glm_cost"]:
+        assert row["times_ols"] == pytest.approx(row["ar1"]["push_ms"] / row["ols"]["push_ms"])
+        assert row["n_classes"] > 5
+        for noise in ("ols", "ar1"):
+            assert 1e-3 * row[noise]["design_us"] < row[noise]["push_ms"]
+            assert row[noise]["told_us"] > 0
+
+
 def test_chain_takes_a_mosaic_apart_as_the_reader_does():
     volume = np.arange(6 * 5 * 7, dtype=np.int16).reshape((6, 5, 7), order="F")
     mosaic = chain.tiled(volume)
@@ -480,7 +672,8 @@ def test_chain_takes_a_mosaic_apart_as_the_reader_does():
 def test_chain_tells_every_step_and_the_total(report):
     for grid in ("16x16x12", "20x18x14"):
         rows = {row["step"]: row for row in report["tables"]["chain"] if row["grid"] == grid}
-        assert {"decode", "motion", "reslice", "smooth", "baseline", "roi", "total"} <= set(rows)
+        steps = {"decode", "motion", "reslice", "smooth", "glm", "baseline", "roi", "total"}
+        assert steps <= set(rows)
         for caches in ("hot", "cold"):
             steps = [row[caches] for step, row in rows.items() if step in STAGES]
             total = rows["total"][caches]

@@ -18,7 +18,7 @@ N = 50
 # BIDS: entities as key-label with labels of letters and digits, then suffix and extension.
 BIDS_NAME = re.compile(
     r"sub-[A-Za-z0-9]+_task-[A-Za-z0-9]+(_(contrast|stat|label|desc)-[A-Za-z0-9]+)*"
-    r"_(boldref|statmap|mask|probseg|events|timeseries)\.(nii\.gz|json|tsv)"
+    r"_(boldref|statmap|mask|probseg|events|timeseries|design)\.(nii\.gz|json|tsv)"
 )
 
 
@@ -56,7 +56,8 @@ def test_a_dataset_says_what_made_it(func: Path) -> None:
 
 def test_names_are_bids_and_every_file_has_its_sidecar(func: Path) -> None:
     names = sorted(path.name for path in func.iterdir())
-    assert len(names) == 2 * (4 + 3 + 2) + 1 + 3 * 2  # images, events, three tables
+    # Images: quality, subtraction, GLM, regions; then events, three tables, the design.
+    assert len(names) == 2 * (4 + 3 + 6 + 2) + 1 + 3 * 2 + 2
     for name in names:
         assert BIDS_NAME.fullmatch(name), name
         stem = name.removesuffix(".nii.gz").removesuffix(".tsv")
@@ -67,8 +68,12 @@ def test_names_are_bids_and_every_file_has_its_sidecar(func: Path) -> None:
 def test_maps_come_back_with_values_affine_and_units(recording: Path, func: Path) -> None:
     with open_recording(recording) as run:
         maps = run.maps()
-    effect = "sub-01_task-leftHand_contrast-leftHand_stat-{}_statmap"
+        contrast = run.contrast_maps()["left hand"]
+    effect = "sub-01_task-leftHand_contrast-leftHand_desc-subtraction_stat-{}_statmap"
     expected = {effect.format(s): getattr(maps["left hand"], s) for s in ("effect", "psc", "t")}
+    glm = "sub-01_task-leftHand_contrast-leftHand_stat-{}_statmap"
+    expected |= {glm.format(s): getattr(contrast, s) for s in ("effect", "variance")}
+    expected[glm.format("t")] = contrast.statistic
     expected["sub-01_task-leftHand_desc-baseline_boldref"] = maps["baseline"].mean
     for name, values in expected.items():
         image = nibabel.load(func / f"{name}.nii.gz")
@@ -86,7 +91,7 @@ def test_maps_come_back_with_values_affine_and_units(recording: Path, func: Path
 def test_sidecars_tell_units_formula_and_counts(recording: Path, func: Path) -> None:
     with open_recording(recording) as run:
         counts = {name: values.n_volumes for name, values in run.maps().items()}
-    name = "sub-01_task-leftHand_contrast-leftHand_stat-psc_statmap.json"
+    name = "sub-01_task-leftHand_contrast-leftHand_desc-subtraction_stat-psc_statmap.json"
     sidecar = json.loads((func / name).read_text())
     assert sidecar["Units"] == "percent"
     assert "mean(baseline)" in sidecar["Formula"]
@@ -95,6 +100,37 @@ def test_sidecars_tell_units_formula_and_counts(recording: Path, func: Path) -> 
     assert sidecar["Condition"] == "left hand"
     assert sidecar["NumberOfVolumes"] == counts
     assert sidecar["Software"].startswith("rtfmri ")
+
+
+def test_z_and_p_have_the_tail_of_t(recording: Path, func: Path) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    with open_recording(recording) as run:
+        maps = run.contrast_maps()["left hand"]
+    name = "sub-01_task-leftHand_contrast-leftHand_stat-{}_statmap.nii.gz"
+    p, z, log10e = (nibabel.load(func / name.format(s)).get_fdata() for s in ("p", "z", "log10e"))
+    known = maps.statistic != 0
+    np.testing.assert_allclose(p[known], stats.t.sf(maps.statistic[known], maps.dof), rtol=1e-5)
+    np.testing.assert_allclose(stats.norm.sf(z[known]), p[known], rtol=1e-3, atol=1e-30)
+    assert z[ACTIVE].min() > 7
+    assert np.isfinite(z).all()
+    assert not p[~known].any()
+    assert not z[~known].any()
+    assert log10e[ACTIVE].min() > 5
+    sidecar = json.loads((func / name.format("z").replace(".nii.gz", ".json")).read_text())
+    assert sidecar["DegreesOfFreedom"] == maps.dof
+
+
+def test_the_design_comes_back(recording: Path, func: Path) -> None:
+    table = read_tsv(func / "sub-01_task-leftHand_design.tsv")
+    with open_recording(recording) as run:
+        design, columns = run.design, run.columns
+    assert list(table[0]) == list(columns)
+    back = [[float(row[column]) for column in columns] for row in table]
+    np.testing.assert_array_equal(back, design)
+    sidecar = json.loads((func / "sub-01_task-leftHand_design.json").read_text())
+    assert sidecar["Contrasts"]["left hand"]["Test"] == "t"
+    assert np.array(sidecar["Contrasts"]["left hand"]["Weights"]).argmax() == len(columns) - 1
+    assert len(sidecar["Used"]) == len(design)
 
 
 def test_regions_are_masks_or_weights(func: Path) -> None:
@@ -108,16 +144,18 @@ def test_regions_are_masks_or_weights(func: Path) -> None:
 def test_feedback_comes_back_row_by_row(recording: Path, func: Path) -> None:
     table = read_tsv(func / "sub-01_task-leftHand_desc-feedback_timeseries.tsv")
     with open_recording(recording) as run:
-        roi, members = run.roi, run.members()
+        roi, members, ts = run.roi, run.members(), run.roi_t
     assert [int(row["volume"]) for row in table] == [i for i in range(N) if i != 7]
     assert table[0]["motorArea_psc"] == table[1]["motorArea_z"] == "n/a"
     for i, row in enumerate(table):
         assert float(row["time_s"]) == int(row["volume"]) * TR_S
         names = [n for n, on in zip(("baseline", "left hand"), members[i], strict=True) if on]
         assert row["conditions"] == (",".join(names) or "n/a")
-        cells = [row[f"motorArea_{value}"] for value in ("signal", "psc", "z")]
+        cells = [row[f"motorArea_{value}"] for value in ("signal", "filtered", "psc", "z")]
         back = [float(cell.replace("n/a", "nan")) for cell in cells]
         np.testing.assert_array_equal(back, roi[i, 0])
+        assert float(row["motorArea_t_leftHand"]) == ts[i, 0, 0]
+    assert ts[-1, 0, 0] > 10
     columns = json.loads((func / "sub-01_task-leftHand_desc-feedback_timeseries.json").read_text())
     assert list(columns) == list(table[0])
     assert columns["motorArea_psc"]["Units"] == "percent"
@@ -141,9 +179,13 @@ def test_a_broken_recording_gives_the_same_maps(tmp_path: Path) -> None:
     run = recordings.volumes(40)
     pipeline = recordings.record(tmp_path / "b.h5", run, rois={"r": recordings.roi()}, broken=True)
     export_bids(tmp_path / "b.h5", tmp_path / "out", subject="07", task="tap")
-    name = "sub-07/func/sub-07_task-tap_contrast-leftHand_stat-t_statmap.nii.gz"
-    t = nibabel.load(tmp_path / "out" / name)
-    np.testing.assert_array_equal(np.asarray(t.dataobj), pipeline.maps()["left hand"].t)
+    name = "sub-07/func/sub-07_task-tap_contrast-leftHand_{}stat-t_statmap.nii.gz"
+    welch, t = (
+        np.asarray(nibabel.load(tmp_path / "out" / name.format(part)).dataobj)
+        for part in ("desc-subtraction_", "")
+    )
+    np.testing.assert_array_equal(welch, pipeline.maps()["left hand"].t)
+    np.testing.assert_array_equal(t, pipeline.glm_maps()["left hand"].statistic)
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(recording: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def record(path, indices):
     for index in indices:
         volume = Volume(voxels(GRID, index, np.int16), GRID, index, 1.5)
         recorder.append(volume, pipeline.push(volume))
-    recorder.close(pipeline.maps(), pipeline.quality_maps())
+    recorder.close(pipeline.run_maps())
 
 
 def test_recording_is_played_as_it_was_recorded(tmp_path):

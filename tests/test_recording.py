@@ -60,7 +60,7 @@ def test_a_recording_holds_the_run(tmp_path: Path) -> None:
         assert recording.members()[:, 1].sum() == session.maps()["tap"].n_volumes
         smoothed = [gaussian_filter(v.data.astype(float), SIGMA)[ACTIVE] for v in volumes(40)]
         np.testing.assert_allclose(recording.roi[:, 0, 0], np.mean(smoothed, (1, 2, 3)), rtol=1e-5)
-        assert np.isnan(recording.roi[:2, 0, 1]).all()
+        assert np.isnan(recording.roi[:2, 0, 2]).all()
         assert same_maps(session, recording.maps())
 
 
@@ -71,7 +71,7 @@ def test_a_replay_gives_the_same_bits(tmp_path: Path) -> None:
         replayed = [pipeline.push(volume) for volume in recording.volumes()]
         assert same_maps(session, pipeline.maps())
         psc = [result.roi["motor"].psc for result in replayed]
-        assert np.array_equal(psc, recording.roi[:, 0, 1], equal_nan=True)
+        assert np.array_equal(psc, recording.roi[:, 0, 2], equal_nan=True)
 
 
 def test_an_empty_task_and_no_regions_are_fine(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_an_empty_task_and_no_regions_are_fine(tmp_path: Path) -> None:
     with open_recording(path) as recording:
         assert recording.events == ()
         assert recording.roi_names == ()
-        assert recording.roi.shape == (3, 0, 3)
+        assert recording.roi.shape == (3, 0, 4)
 
 
 def test_every_dataset_is_chunked_and_no_string_is_variable(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_each_picture_is_a_readable_png(index: Path) -> None:
     assert names == {
         "subtraction.png",
         "blobs-leftHand.png",
+        "evidence-leftHand.png",
+        "design.png",
         "time-courses.png",
         "quality.png",
         "tsnr.png",
@@ -104,7 +106,7 @@ def test_blobs_are_warm_where_the_signal_rose(index: Path) -> None:
 def test_the_peak_is_in_the_active_block(tmp_path: Path) -> None:
     pipeline = recordings.record(tmp_path / "r.h5", recordings.volumes(N))
     maps = pipeline.maps()["left hand"]
-    t, place_mm = peak(maps, GRID, recordings.head())
+    t, place_mm = peak(maps.t, GRID, recordings.head())
     i, j, k = np.rint(np.linalg.inv(GRID.affine) @ [*place_mm, 1])[:3].astype(int)
     assert recordings.roi()[i, j, k] == 1
     assert t == maps.t[recordings.head()].max() == maps.t[i, j, k]
@@ -121,8 +123,8 @@ def test_the_peaks_of_a_real_run_are_where_hearing_and_seeing_are(tmp_path: Path
         assert session.pipeline
         maps, grid = session.maps(), session.pipeline.grid
         brain = session.pipeline.quality_maps()["mask"] > 0
-    hearing, (x, _, _) = peak(maps["auditory"], grid, brain)
-    seeing, (_, y, _) = peak(maps["visual"], grid, brain)
+    hearing, (x, _, _) = peak(maps["auditory"].t, grid, brain)
+    seeing, (_, y, _) = peak(maps["visual"].t, grid, brain)
     assert min(hearing, seeing) > 10
     assert abs(x) > 10
     assert y < -15
@@ -133,7 +135,7 @@ def test_the_peak_is_not_in_the_air() -> None:
     t = np.zeros(GRID.shape, np.float32)
     t[0, 0, 0], t[1, 1, 1], t[ACTIVE] = 99, np.nan, 5
     maps = ConditionMaps(9, mean, np.zeros_like(mean), np.zeros_like(mean), t)
-    assert peak(maps, GRID, recordings.head())[0] == 5
+    assert peak(maps.t, GRID, recordings.head())[0] == 5
 
 
 def test_the_brain_is_found_without_the_air() -> None:

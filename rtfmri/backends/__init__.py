@@ -113,6 +113,71 @@ class Pose(NamedTuple):
     counter: Array
 
 
+class Contrasts(NamedTuple):
+    """What is asked of a design with p columns: contrast k has rows offsets[k] to offsets[k + 1].
+
+    ``weights`` (n_rows, p) float64, ``offsets`` (n_contrasts + 1,) int32, ``kinds`` (n_contrasts,)
+    int32: 0 for t, which has one row, 1 for F.
+    """
+
+    weights: Array
+    offsets: Array
+    kinds: Array
+
+
+class DesignState(NamedTuple):
+    """The design so far, once for each class of noise: (n_classes, ...) float64.
+
+    ``factor`` (p, p) is the upper triangular R of its QR decomposition, with rows of zeros where
+    columns depend on those before; ``squares`` (p,) are the columns' sums of squares, ``previous``
+    (p,) the newest row, ``counts`` (2,) the number of rows and the rank.
+    """
+
+    factor: Array
+    squares: Array
+    previous: Array
+    counts: Array
+
+
+class DesignStep(NamedTuple):
+    """What a new row of the design means for voxels, once for each class of noise.
+
+    ``solved`` (n_rows, p) float64 are the contrasts' unit directions among the coordinates,
+    ``scales`` (n_rows,) float64 their standard error in standard deviations of the noise (0 where
+    a contrast cannot be estimated), ``rotations`` (p, 2) float32 cosines and sines, ``directions``
+    the unit directions in float32, all 0 where they cannot be estimated, ``scalars`` (4,) float32
+    the weights of the volume and of the one before, 1 / degrees of freedom (0 if there are none),
+    and whether it is the first.
+    """
+
+    solved: Array
+    scales: Array
+    rotations: Array
+    directions: Array
+    scalars: Array
+
+
+class GlmState(NamedTuple):
+    """What is known of n voxels, in an order in which those of a noise class are neighbours.
+
+    ``coordinates`` (p, n) float32 are Q'y, ``squares`` (n,) float32 the residual sum of squares,
+    ``origin`` (n,) float32 the first volume, from which y is counted, ``previous`` (n,) float32
+    the newest, ``order`` (n,) int32 each voxel's place in a volume, ``labels`` (n,) int32 its
+    class, ``parts`` (n_parts, 3) int32 class, start and stop of at most 1024 voxels of one class.
+    """
+
+    coordinates: Array
+    squares: Array
+    origin: Array
+    previous: Array
+    order: Array
+    labels: Array
+    parts: Array
+
+
+PART_VOXELS = 1024
+"""The most voxels that a part of a `GlmState` has."""
+
 POSE_FIELDS = (
     *("quaternion_w", "quaternion_x", "quaternion_y", "quaternion_z"),
     *("x_mm", "y_mm", "z_mm"),
@@ -455,6 +520,125 @@ class Backend(Protocol):
         """
         ...
 
+    def update_design(
+        self,
+        known: Array,
+        pose: Array,
+        whitening: Array,
+        contrasts: Contrasts,
+        state: DesignState,
+        step: DesignStep,
+        row: Array,
+        *,
+        motion_at: int,
+        usable: Array | None = None,
+    ) -> None:
+        """Take a volume's row into the design, by Givens rotations.
+
+        Parameters
+        ----------
+        known : (p,) float64
+            The row, as far as it was known before the volume.
+        pose : (8,) float64 or longer
+            As `POSE_FIELDS`: where motion is from.
+        whitening : (2 * n_classes,) float64
+            For each class the weights of this row and, to be subtracted, of the one before.
+        contrasts : Contrasts
+        state : DesignState
+            Updated.
+        step : DesignStep
+            Overwritten: what `update_glm` needs.
+        row : (p,) float64
+            Overwritten with the row, motion filled in, whether it is usable or not.
+        motion_at : int
+            The first of six columns of motion (mm along, radians about x, y, z), or -1.
+        usable : (1,) float32, optional
+            0 leaves state and step as they are; None says 1.
+        """
+        ...
+
+    def update_glm(
+        self,
+        volume: Array,
+        state: GlmState,
+        contrasts: Contrasts,
+        step: DesignStep,
+        statistics: Array,
+        *,
+        whitened: bool,
+        first_column: int,
+        usable: Array | None = None,
+    ) -> None:
+        """Take a volume into the fit, and test all contrasts, in one pass.
+
+        Parameters
+        ----------
+        volume : (n,) float32
+            Scanner units.
+        state : GlmState
+            Updated.
+        contrasts, step
+            As `update_design` left them for this volume.
+        statistics : (n_contrasts, n) float32
+            Overwritten with t or F, in a volume's order; 0 where a contrast cannot be estimated,
+            there are no degrees of freedom, or the residuals are 0.
+        whitened : bool
+            Whether to whiten, and whether voxels have classes and an order of their own.
+        first_column : int
+            No contrast weighs a column before it.
+        usable : (1,) float32, optional
+            0 leaves everything as it is; None says 1.
+        """
+        ...
+
+    def remove_slow(
+        self,
+        volume: Array,
+        slow: Array,
+        level: Array,
+        gains: Array,
+        out: Array,
+        *,
+        usable: Array | None = None,
+    ) -> None:
+        """Subtract the slow mean from *volume* and add its level; then fold *volume* into both.
+
+        Parameters
+        ----------
+        volume : (n,) float32
+            Scanner units.
+        slow, level : (n,) float32
+            Means of the volumes before; updated as ``mean += gain * (volume - mean)``.
+        gains : (2,) float64
+            Weights of this volume in the two; 0 leaves the level as it is.
+        out : (n,) float32
+            Overwritten with ``volume - (slow - level)``.
+        usable : (1,) float32, optional
+            0 leaves both means as they are; None says 1.
+        """
+        ...
+
+    def remove_fit(
+        self, volume: Array, coordinates: Array, directions: Array, scales: Array, out: Array
+    ) -> None:
+        """Subtract from *volume* the part of a fit that a t contrast stands for.
+
+        Parameters
+        ----------
+        volume : (n,) float32
+            Scanner units.
+        coordinates : (p, n) float32
+            Of a `GlmState`, as `update_glm` left them.
+        directions : (p,) float32
+            Of the contrast, in a `DesignStep`.
+        scales : (1,) float64
+            Of the contrast, in a `DesignStep`; 0 where it cannot be estimated.
+        out : (n,) float32
+            Overwritten with ``volume - scales[0] * (directions @ coordinates)``; may not be
+            *volume*.
+        """
+        ...
+
     def roi_means(self, volume: Array, rois: RoiTable, means: Array) -> None:
         """Write the weighted mean of *volume* in each ROI into *means*, (n_rois,) float64."""
         ...
@@ -496,6 +680,28 @@ def exercise(backend: Backend, dtype: Any) -> None:
     backend.slide(voxel, moments, ring, 0, maps, bessel=0.0, gain=1.0, full=False)
     backend.refresh(ring, moments, 0, 1)
     backend.contrast(moments, 2.0, moments, 2.0, Contrast(*maps))
+    contrasts = Contrasts(
+        backend.zeros((1, 1), np.float64), *(backend.zeros(n, np.int32) for n in (2, 1))
+    )
+    shapes: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 1), (1, 1), (1, 2))
+    state = DesignState(*(backend.zeros(shape, np.float64) for shape in shapes))
+    told = DesignStep(
+        *(backend.zeros(shape, np.float64) for shape in ((1, 1, 1), (1, 1))),
+        *(backend.zeros(shape) for shape in ((1, 1, 2), (1, 1, 1), (1, 4))),
+    )
+    row, whitening = backend.zeros(1, np.float64), backend.zeros(2, np.float64)
+    given = row, fields, whitening, contrasts, state, told
+    backend.update_design(*given, backend.zeros(1, np.float64), motion_at=-1)
+    fit = GlmState(
+        backend.zeros((1, 1)),
+        *(backend.zeros(1) for _ in range(3)),
+        *(backend.zeros(shape, np.int32) for shape in (1, 1, (1, 3))),
+    )
+    statistics = backend.zeros((1, 1))
+    asked = fit, contrasts, told, statistics
+    backend.update_glm(voxel, *asked, whitened=False, first_column=0)
+    backend.remove_fit(voxel, fit.coordinates, told.directions[0, 0], told.scales[0], out)
+    backend.remove_slow(voxel, backend.zeros(1), backend.zeros(1), whitening, out)
     offsets, voxels = (backend.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
     means = backend.zeros(1, np.float64)
     backend.roi_means(voxel, RoiTable(offsets, voxels, backend.zeros(1)), means)

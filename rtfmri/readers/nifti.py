@@ -188,6 +188,20 @@ def read_reference(path: str | Path, grid: Grid) -> NDArray[np.float32]:
     return _on_grid(finite, affine, grid, "linear", what)
 
 
+def read_affine(path: str | Path) -> NDArray[np.float64]:
+    """Read a 4 x 4 affine from a text file, as FSL, SPM users and nibabel's tools write it.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or is not 4 x 4, finite and invertible.
+    """
+    try:
+        return Grid((1, 1, 1), np.loadtxt(path)).affine
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"affine {path} must be 4 x 4 numbers: {error}") from None
+
+
 def _read_numbers(path: str | Path, what: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
     """Return voxels and affine of a 3-D image."""
     try:

@@ -3,15 +3,16 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import rtfmri
+from rtfmri.anytime import e_bh
 from rtfmri.errors import ConfigError, RecordingError
 from rtfmri.export import bids_labels, to_nifti
 from rtfmri.recording import Recording, open_recording
@@ -32,6 +33,7 @@ from rtfmri.volume import Grid
 __all__ = ["peak", "write_report"]
 
 _DPI = 150
+_FDR = 0.05
 _MIN_CLUSTER_VOXELS = 5
 _MAX_CLUSTERS = 12
 _MIN_VIEWER_SLICES = 4
@@ -77,6 +79,16 @@ def write_report(path: str | Path, out: str | Path, *, anatomy: str | Path | Non
     return index
 
 
+class _Finding(NamedTuple):
+    """A map to look for blobs in: name, statistic, (x, y, z) values, what it is, log e-values."""
+
+    name: str
+    statistic: str
+    values: NDArray[np.float32]
+    text: str
+    log_e: NDArray[np.float32] | None = None
+
+
 class _Report:
     """What the sections share: the recording, its maps, and the part of them that is drawn."""
 
@@ -88,11 +100,10 @@ class _Report:
         self.maps = recording.maps()
         self.baseline, *others = recording.conditions
         n_baseline = self.maps[self.baseline].n_volumes
-        self.tested = {
-            name: label
-            for name, label in bids_labels(others).items()
-            if min(n_baseline, self.maps[name].n_volumes) >= MIN_VOLUMES
-        }
+        self.tested = [
+            name for name in others if min(n_baseline, self.maps[name].n_volumes) >= MIN_VOLUMES
+        ]
+        self.contrasts = recording.contrast_maps()
         self.mean = self.maps[self.baseline].mean if n_baseline else recording.volume(0).data
         self.quality_maps = recording.quality_maps()
         mask = self.quality_maps["mask"] > 0
@@ -111,11 +122,16 @@ class _Report:
         parts = [self.summary(), *self.warnings()]
         if self.tested:
             parts.append(self.subtraction())
-            for condition, label in self.tested.items():
-                parts += self.condition(condition, label)
-        else:
+        findings = self.findings()
+        for label, finding in zip(
+            bids_labels(f.name for f in findings).values(), findings, strict=True
+        ):
+            parts += self.blobs(finding, label)
+        if not (self.tested or findings):
             parts.append(self.mean_image())
-        parts += [self.courses(), *self.quality(), self.latency()]
+        if self.recording.columns:
+            parts.append(self.design())
+        parts += [self.courses(findings), *self.quality(), self.latency()]
         return page(
             "Real-time fMRI run",
             f"{self.recording.grid}, one volume every {self.recording.tr_s:g} s, processed on "
@@ -178,6 +194,12 @@ class _Report:
             for name in self.recording.conditions[1:]
             if name not in self.tested
         ]
+        texts += [
+            f"Contrast {name} could not be estimated: what it asks for did not happen in the run, "
+            "or cannot be told from the other columns of the design."
+            for name, maps in self.contrasts.items()
+            if maps.dof < 1
+        ]
         return [section("Note", text=text, warning=True) for text in texts]
 
     def mean_image(self) -> str:
@@ -193,9 +215,9 @@ class _Report:
 
     def subtraction(self) -> str:
         """Return baseline, activity and their difference."""
-        name = next(iter(self.tested))
+        name = self.tested[0]
         maps = self.maps[name]
-        _, at_mm = peak(maps, self.recording.grid, self.brain)
+        _, at_mm = peak(maps.t, self.recording.grid, self.brain)
         images = {"Baseline": self.image(self.mean), f"Activity: {name}": self.image(maps.mean)}
         difference = self.image(maps.effect * self.brain)
         drawn = figures.subtraction(
@@ -212,61 +234,140 @@ class _Report:
             "patches of one colour there, while single scattered voxels are noise.",
         )
 
-    def condition(self, name: str, label: str) -> list[str]:
-        """Return the blobs of one condition: mosaic, table, viewer."""
-        t, at_mm = peak(self.maps[name], self.recording.grid, self.brain)
+    def findings(self) -> list["_Finding"]:
+        """Return the maps to look for blobs in: the GLM's contrasts, else Welch's t."""
+        if self.recording.columns:
+            return [
+                _Finding(
+                    name,
+                    maps.kind,
+                    maps.statistic,
+                    f"contrast {name} of the general linear model, {maps.dof} degrees of freedom",
+                    maps.log_e,
+                )
+                for name, maps in self.contrasts.items()
+                if maps.dof >= 1
+            ]
+        return [
+            _Finding(
+                name, "Welch t", self.maps[name].t, f"{name} against {self.baseline}, Welch's t"
+            )
+            for name in self.tested
+        ]
+
+    def blobs(self, finding: "_Finding", label: str) -> list[str]:
+        """Return the blobs of one map: mosaic, table, what holds at any time, viewer."""
+        name = finding.name
+        t, at_mm = peak(finding.values, self.recording.grid, self.brain)
         rows = figures.slices_through(self.brain, self.recording.grid, at_mm)
-        t_map = _without_specks(self.image(self.maps[name].t * self.brain))
-        drawn = figures.mosaic(self.background, rows, t_map, THRESHOLD_T)
+        t_map = _without_specks(self.image(finding.values * self.brain))
+        drawn = figures.mosaic(self.background, rows, t_map, THRESHOLD_T, finding.statistic)
+        sign = "" if finding.statistic == "F" else " either way"
         blobs = section(
             f"Blobs: {name}",
-            self.figure(f"blobs-{label}", drawn, f"t map of {name}, thresholded"),
+            self.figure(f"blobs-{label}", drawn, f"{finding.statistic} map of {name}"),
             paragraph(
-                f"Where {name} and {self.baseline} differ, over {self.over}: warm where the "
-                f"signal rose, cool where it fell (Welch's t of {THRESHOLD_T} or more either way, "
-                f"in clusters of {_MIN_CLUSTER_VOXELS} voxels or more, not corrected for the "
-                "number of voxels). Look for compact blobs where the task should have them; a rim "
-                "along the edge of the brain means that the head moved with the task."
+                f"{finding.text[0].upper()}{finding.text[1:]}, over {self.over}: warm where the "
+                f"signal rose, cool where it fell ({finding.statistic} of {THRESHOLD_T} or "
+                f"more{sign}, in clusters of {_MIN_CLUSTER_VOXELS} voxels or more, not corrected "
+                "for the number of voxels). Look for compact blobs where the task should have "
+                "them; a rim along the edge of the brain means that the head moved with the task."
             ),
             _clusters(t_map),
-            text=f"Largest t: {t:.1f} at {_place(at_mm)} mm. Places are scanner mm: x grows to "
-            "the right, y to the front, z to the top.",
+            text=f"Largest {finding.statistic}: {t:.1f} at {_place(at_mm)} mm. Places are scanner "
+            "mm: x grows to the right, y to the front, z to the top.",
         )
+        parts = [blobs]
+        if finding.log_e is not None:
+            parts.append(self.evidence(finding, finding.log_e, rows, label))
         heading = f"Look around: {name}"
         if min(self.grid.shape) < _MIN_VIEWER_SLICES:
             text = "Left out: the volume has too few slices to be cut three ways."
-            return [blobs, section(heading, text=text)]
+            return [*parts, section(heading, text=text)]
         if not np.any(t_map.dataobj):
-            return [blobs, section(heading, text="Left out: there are no blobs to look at.")]
+            text = "Left out: there are no blobs to look at."
+            return [*parts, section(heading, text=text)]
         viewer = section(
             heading,
             _viewer(t_map, self.background, at_mm, heading),
             text=f"The same blobs over {self.over}, in three planes through one point. Click or "
-            "drag in a plane to move the point; its place and its t are shown.",
+            "drag in a plane to move the point; its place and its value are shown.",
         )
-        return [blobs, viewer]
+        return [*parts, viewer]
 
-    def courses(self) -> str:
+    def evidence(
+        self, finding: "_Finding", log_e: NDArray[np.float32], rows: figures.Rows, label: str
+    ) -> str:
+        """Return what of a map holds however often it was looked at."""
+        least = e_bh(log_e[self.brain], _FDR)
+        evident = self.brain & (log_e >= least)
+        heading = f"Evidence: {finding.name}"
+        explanation = (
+            "The map above is right for who looks once, at the end. Here are the voxels of which "
+            f"at most {100 * _FDR:.0f} % are false discoveries however often one looked, and "
+            "whenever the run was stopped: e-BH on e-values, which may be watched at every volume "
+            "(Wang & Ramdas 2022; Lindon 2022)."
+        )
+        n = int(evident.sum())
+        if not n:
+            return section(heading, paragraph("No voxel is evident yet."), text=explanation)
+        drawn = figures.mosaic(
+            self.background,
+            rows,
+            self.image(finding.values * evident),
+            float(np.abs(finding.values[evident]).min()),
+            finding.statistic,
+        )
+        return section(
+            heading,
+            self.figure(f"evidence-{label}", drawn, f"Voxels of {finding.name} that are evident"),
+            text=f"{n} voxels, with e-values of {_power(least)} or more. {explanation}",
+        )
+
+    def design(self) -> str:
+        """Return the design matrix."""
+        recording, settings = self.recording, self.recording.config.glm
+        design = recording.pipeline("cpu").design
+        matrix = recording.design[: len(self.rows)]
+        contrasts = design.contrasts if design else ()
+        drawn = figures.design(matrix, recording.columns, contrasts, self.rows["usable"])
+        noise = "independent from volume to volume"
+        if settings.noise == "ar1":
+            memory = self.quality_maps["memory"][self.brain]
+            noise = (
+                f"autoregressive, with a median lag-1 correlation of {np.median(memory):.2f}"
+                if memory.any()
+                else "autoregressive; its correlation was not known yet"
+            )
+        return section(
+            "Design matrix",
+            self.figure("design", drawn, "Design matrix and contrasts"),
+            text="What each voxel's signal is explained by: a row a volume, from top to bottom, a "
+            f"column a cause ({settings.hrf} haemodynamic response; noise {noise}). Below, what "
+            "each contrast weighs. Marks beside the matrix are volumes that were left out.",
+        )
+
+    def courses(self, findings: Sequence["_Finding"]) -> str:
         """Return the time courses: regions from the maps, then the regions that were given."""
-        grid, single = self.recording.grid, len(self.tested) == 1
+        grid, single = self.recording.grid, len(findings) == 1
         regions: dict[str, Mask] = {}
-        for name in self.tested:
-            region = active_region(self.maps[name].t, self.brain)
-            of = "" if single else f" of {name}"
-            at = _place(peak(self.maps[name], grid, self.brain)[1])
+        for finding in findings:
+            region = active_region(finding.values, self.brain)
+            of = "" if single else f" of {finding.name}"
+            at = _place(peak(finding.values, grid, self.brain)[1])
             regions[f"Active: cluster around the peak{of} at {at} mm, {region.sum()} voxels"] = (
                 region
             )
-        if self.tested:
-            region = inactive_region([self.maps[name].t for name in self.tested], self.brain)
-            regions[f"Inactive: {region.sum()} voxels with t nearest to 0"] = region
+        if findings:
+            region = inactive_region([finding.values for finding in findings], self.brain)
+            regions[f"Inactive: {region.sum()} voxels with values nearest to 0"] = region
         else:
             regions["Whole brain"] = self.brain
         signals = dict(
             zip(regions, _signals(self.recording, len(self.rows), regions), strict=True)
         )
         for i, name in enumerate(self.recording.roi_names):
-            signals[f"Region {name}"] = self.recording.roi[: len(self.rows), i, 0]
+            signals[f"Region {name}"] = self.recording.roi[: len(self.rows), i, 1]
         rest = self.members[:, 0] if self.members[:, 0].any() else np.ones(len(self.rows), bool)
         drawn = figures.time_courses(
             [
@@ -279,7 +380,7 @@ class _Report:
             self.recording.events,
         )
         text = "The signal of each region, in percent of its mean over all baseline volumes. "
-        if self.tested:
+        if findings:
             delay_s = self.recording.config.paradigm.haemodynamic_delay_s
             text += (
                 "Shaded: the task blocks, when they were; the signal follows them by some "
@@ -455,6 +556,10 @@ def _viewer(t_map: Any, background: Any, at_mm: tuple[float, float, float], titl
     # The viewer asks a server for its icon, and nothing here asks a server.
     document = re.sub(r'<link rel="(?:shortcut )?icon"[^>]*>', _VIEWER_STYLE, view.html)
     return frame(document, title, view.height)
+
+
+def _power(log_e: float) -> str:
+    return f"10^{log_e / np.log(10):.1f}"
 
 
 def _place(at_mm: tuple[float, float, float]) -> str:

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from rtfmri.design import Contrast
 from rtfmri.paradigm import Event
 from rtfmri.pipeline import STAGES
 from rtfmri.recording import MOTION
@@ -112,7 +113,9 @@ def plain(image: Any, rows: Rows, label: str, cmap: str) -> Figure:
     return figure
 
 
-def mosaic(background: Any, rows: Rows, t_map: Any, threshold: float) -> Figure:
+def mosaic(
+    background: Any, rows: Rows, t_map: Any, threshold: float, statistic: str = "t"
+) -> Figure:
     """Draw slices of *background* in grey and, over it, the t map where |t| >= *threshold*."""
     figure, place = _dark_figure(rows)
     largest = max(float(np.abs(t_map.dataobj).max()), threshold + 1)
@@ -121,7 +124,7 @@ def mosaic(background: Any, rows: Rows, t_map: Any, threshold: float) -> Figure:
         _draw(figure, place, rows, t_map, threshold=threshold, bg_img=background, **scale)
     else:
         _draw(figure, place, rows, background, cmap="gray", vmin=0, vmax=_brightest(background))
-    _colour_bar(figure, 0.5, WARM_COOL, -largest, largest, "Welch t", dark=threshold)
+    _colour_bar(figure, 0.5, WARM_COOL, -largest, largest, statistic, dark=threshold)
     return figure
 
 
@@ -170,6 +173,54 @@ def _colour_bar(
         axes.axvspan(-dark, dark, color="#333333")
     bar.ax.tick_params(colors="white", labelsize=8, length=2, pad=1)
     bar.set_label(label, color="white", size=8, labelpad=1)
+
+
+def design(
+    matrix: NDArray[np.float64],
+    columns: Sequence[str],
+    contrasts: Sequence[Contrast],
+    usable: NDArray[np.bool_],
+) -> Figure:
+    """Draw the design matrix, and below it the contrasts' weights.
+
+    Parameters
+    ----------
+    matrix : (n_volumes, n_columns)
+        A row a volume; each column is drawn relative to its largest value.
+    columns : sequence of str
+    contrasts : sequence of Contrast
+    usable : (n_volumes,) bool
+        Volumes that are not are marked.
+    """
+    rows = [(c.name, row) for c in contrasts for row in c.weights]
+    below = 0.28 * len(rows)
+    figure = Figure(figsize=(10, 5.2 + below), layout="constrained")
+    panels = figure.subplots(
+        2 if rows else 1, 1, squeeze=False, height_ratios=[5, below][: 1 + bool(rows)]
+    )
+    drawn, *asked = panels[:, 0]
+    scaled = matrix / np.maximum(np.abs(matrix).max(axis=0), 1e-300)
+    drawn.imshow(scaled, aspect="auto", cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    drawn.xaxis.tick_top()
+    drawn.set_xticks(range(len(columns)), columns, rotation=60, ha="left")
+    drawn.set_ylabel("volume")
+    drawn.scatter(
+        np.full((~usable).sum(), len(columns) - 0.5),
+        np.flatnonzero(~usable),
+        marker="<",
+        s=20,
+        color=_COLOURS[0],
+        clip_on=False,
+    )
+    for axes in asked:
+        weights = np.array([row for _, row in rows])
+        largest = np.abs(weights).max()
+        axes.imshow(weights, aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_xticks([])
+    for axes in panels[:, 0]:
+        _tidy(axes)
+    return figure
 
 
 def time_courses(

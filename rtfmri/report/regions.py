@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.pipeline import ConditionMaps
 from rtfmri.volume import Grid
 
 Mask = NDArray[np.bool_]
@@ -17,11 +16,11 @@ MAX_REGION_VOXELS = 50
 _MARGIN_VOXELS = 3
 
 
-def peak(maps: ConditionMaps, grid: Grid, brain: Mask) -> tuple[float, tuple[float, float, float]]:
-    """Return the largest Welch t inside the brain and its place in scanner mm (RAS+)."""
-    voxel = largest(maps.t, brain)
+def peak(t: NDArray[Any], grid: Grid, brain: Mask) -> tuple[float, tuple[float, float, float]]:
+    """Return the largest *t* inside the brain and its place in scanner mm (RAS+)."""
+    voxel = largest(t, brain)
     x, y, z = (grid.affine @ [*voxel, 1])[:3]
-    return float(maps.t[voxel]), (float(x), float(y), float(z))
+    return float(t[voxel]), (float(x), float(y), float(z))
 
 
 def largest(t: NDArray[Any], inside: Mask) -> tuple[int, int, int]:

@@ -95,6 +95,15 @@ class BrainStage:
             self._backend.gather(smoothed, self._to_brain, self._scale, self._brain)
         return self._brain
 
+    def spread(self, voxels: NDArray[np.float32], fwhm_mm: float) -> NDArray[np.float32]:
+        """Return a map of the mask's voxels, (n_voxels,) on the host, smoothed within the mask."""
+        backend = self._backend
+        stage = SmoothingStage(backend, self._grid, fwhm_mm)
+        scale = backend.download(stage.scale_within(self.mask))
+        smoothed = stage.push(backend.copy(self.image(voxels).reshape(-1, order="F")))
+        inside = backend.download(smoothed)[self.mask.reshape(-1, order="F")]
+        return np.asarray(inside * scale)
+
     def image(self, voxels: NDArray[Any]) -> NDArray[np.float32]:
         """Return the map of the mask's *voxels*, (n_voxels,), as (x, y, z); 0 elsewhere."""
         flat = np.zeros(self._grid.n_voxels, np.float32)

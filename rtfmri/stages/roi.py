@@ -1,33 +1,63 @@
 """ROI signals: the weighted mean of each region, against the same baseline as the voxels."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Array, Backend, RoiTable, open_backend
-from rtfmri.config import BaselineSettings
+from rtfmri.config import Config
+from rtfmri.design import Design
 from rtfmri.errors import ConfigError
 from rtfmri.stages.baseline import BaselineStage
+from rtfmri.stages.glm import ContrastMaps, GlmStage
+from rtfmri.stages.kalman import KalmanFilter
+
+CONFIDENCE = 0.95
+"""Of the confidence sequences of effects."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoiValue:
     """One region at one volume.
 
-    ``signal`` is its weighted mean in scanner units, ``psc`` and ``z`` compare that with the
-    baseline of the region's own signal; both are nan until two baseline volumes were seen.
+    ``signal`` is its weighted mean in scanner units, ``filtered`` the same as it is compared:
+    detrended and filtered, where that is asked for. ``psc`` and ``z`` compare it with the baseline
+    of the region's own signal; both are nan until two baseline volumes were seen. ``t`` has the t,
+    or F, of each contrast of the GLM after this volume, 0 where it cannot be said yet.
     """
 
     signal: float
+    filtered: float
     psc: float
     z: float
+    t: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RoiContrast:
+    """What the GLM says of one region after the volumes so far.
+
+    ``statistic`` is t or F. For t: ``effect`` and its ``standard_error`` in scanner units, the
+    natural logarithm ``log_e`` of the anytime-valid e-value, and the ``interval`` of the effect, a
+    95 % confidence sequence: however often one looks, the chance that it ever misses the true
+    effect is at most 5 % (`rtfmri.anytime`); None while it has no bounds. For F these are None.
+    """
+
+    kind: Literal["t", "F"]
+    dof: int
+    statistic: float
+    effect: float | None = None
+    standard_error: float | None = None
+    log_e: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 class RoiStage:
-    """Averages each region and compares the average with its baseline.
+    """Averages each region, compares the average with its baseline, and fits the GLM to it.
 
     PSC and z are those of the region's mean signal, not means over voxels: a voxel near zero,
     whose own percentage is arbitrary, then weighs no more than its signal does.
@@ -38,8 +68,11 @@ class RoiStage:
         Executes the averaging.
     rois : mapping of str to array
         Weights, 0 or more, of the voxels that are pushed; a mask is one case.
-    n_conditions, settings
+    n_conditions : int
         As for `BaselineStage`.
+    config : Config
+    design : Design, optional
+        Of the GLM.
 
     Raises
     ------
@@ -52,13 +85,18 @@ class RoiStage:
         backend: Backend,
         rois: Mapping[str, NDArray[Any]],
         n_conditions: int,
-        settings: BaselineSettings,
+        config: Config,
+        design: Design | None = None,
     ) -> None:
         self.names = tuple(rois)
         self._backend = backend
         self._table = RoiTable(*(backend.copy(part) for part in roi_table(rois)))
         host = backend if backend.name == "cpu" else open_backend("cpu")
-        self._baseline = BaselineStage(host, len(self.names), n_conditions, settings, np.float32)
+        n = len(self.names)
+        self._baseline = BaselineStage(host, n, n_conditions, config.baseline, np.float32)
+        self._filter = KalmanFilter(n) if config.roi.filter == "kalman" else None
+        self._glm = GlmStage(host, n, design, config.glm) if design and n else None
+        self._row = np.zeros(len(design.columns) if design else 0)
 
     def push(self, volume: Array, means: Array) -> None:
         """Average each region of *volume* into *means*, (n_rois,) float64 on the backend."""
@@ -66,21 +104,96 @@ class RoiStage:
             self._backend.roi_means(volume, self._table, means)
 
     def compare(
-        self, means: NDArray[np.float64], members: Sequence[int], usable: bool = True
+        self,
+        means: NDArray[np.float64],
+        members: Sequence[int],
+        usable: bool = True,
+        *,
+        detrended: NDArray[np.float64] | None = None,
+        index: int = 0,
+        row: NDArray[np.float64] | None = None,
     ) -> dict[str, RoiValue]:
-        """Return each region's value; *means*, on the host, count for *members* if usable."""
+        """Return each region's value.
+
+        Parameters
+        ----------
+        means : (n_rois,) float64
+            What `push` found, on the host.
+        members : sequence of int
+            The conditions that the volume counts for.
+        usable : bool
+            Whether it counts at all.
+        detrended : (n_rois,) float64, optional
+            The means of the detrended volume; *means* by default.
+        index : int
+            The volume's position in the run.
+        row : (n_columns,) float64, optional
+            Its row of the design.
+        """
         if not self.names:
             return {}
-        self._baseline.push(means.astype(np.float32), members if usable else ())
+        if self._glm and row is not None:
+            self._fit(self._glm, means, usable, index, row)
+        filtered = means if detrended is None else detrended
+        if self._filter:
+            filtered = self._filter.push(filtered, usable)
+        self._baseline.push(filtered.astype(np.float32), members if usable else ())
         self._baseline.settle()
         _, psc, z = self._baseline.subtraction
-        nan = np.nan
+        if not self._baseline.ready:
+            psc = z = np.full(len(self.names), np.nan)
+        values = zip(self.names, means, filtered, psc, z, self._ts(), strict=True)
         return {
-            name: RoiValue(float(mean), float(p), float(q))
-            if self._baseline.ready
-            else RoiValue(float(mean), nan, nan)
-            for name, mean, p, q in zip(self.names, means, psc, z, strict=True)
+            name: RoiValue(float(mean), float(level), float(p), float(q), t)
+            for name, mean, level, p, q, t in values
         }
+
+    def contrasts(self) -> dict[str, dict[str, RoiContrast]]:
+        """Return what the GLM says of each region, by contrast and region; empty without one."""
+        maps = self._glm.maps() if self._glm else {}
+        return {
+            contrast: {
+                name: self._contrast(contrast, found, i) for i, name in enumerate(self.names)
+            }
+            for contrast, found in maps.items()
+        }
+
+    def _contrast(self, contrast: str, found: ContrastMaps, i: int) -> RoiContrast:
+        value = RoiContrast(found.kind, found.dof, float(found.statistic[i]))
+        if not self._glm or found.effect is None or found.variance is None or found.log_e is None:
+            return value
+        effect, error = float(found.effect[i]), math.sqrt(found.variance[i])
+        critical = float(self._glm.test(contrast, i).critical_t(-math.log(1 - CONFIDENCE)))
+        reach = critical * error if error > 0 else math.inf
+        bounded = math.isfinite(reach)
+        return replace(
+            value,
+            effect=effect,
+            standard_error=error,
+            log_e=float(found.log_e[i]),
+            interval=(effect - reach, effect + reach) if bounded else None,
+        )
+
+    def _fit(
+        self,
+        glm: GlmStage,
+        means: NDArray[np.float64],
+        usable: bool,
+        index: int,
+        row: NDArray[np.float64],
+    ) -> None:
+        told = glm.told(index)
+        told[: len(row)] = row
+        gate = np.array([usable], np.float32)
+        glm.push(means.astype(np.float32), told, self._row, usable=gate)
+        glm.settle(row, usable)
+
+    def _ts(self) -> list[dict[str, float]]:
+        if not self._glm:
+            return [{}] * len(self.names)
+        names = [contrast.name for contrast in self._glm.design.contrasts]
+        columns = self._glm.statistics.T.tolist()
+        return [dict(zip(names, column, strict=True)) for column in columns]
 
     def t(self, condition: int) -> dict[str, float]:
         """Return Welch's t of each region's signal, *condition* against the baseline, or nan."""

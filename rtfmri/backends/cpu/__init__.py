@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Array, exercise
+from rtfmri.backends.cpu.detrend import DetrendOperations
+from rtfmri.backends.cpu.glm import GlmOperations
 from rtfmri.backends.cpu.moments import MomentsOperations
 from rtfmri.backends.cpu.quality import QualityOperations
 from rtfmri.backends.cpu.register import RegisterOperations
@@ -28,6 +30,8 @@ from rtfmri.errors import DeviceError
 
 
 class CpuBackend(
+    DetrendOperations,
+    GlmOperations,
     MomentsOperations,
     QualityOperations,
     RegisterOperations,

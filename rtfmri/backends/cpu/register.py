@@ -216,7 +216,7 @@ def _angle(y, x):
 
 
 @_inner
-def _euler(q, out):
+def euler(q, out) -> None:
     """Angles about x, y, z of a rotation Rz Ry Rx, in radians."""
     r = np.empty(9)
     _rotation(q, r)
@@ -247,8 +247,8 @@ def _advance(trial, step):
 @_inner
 def _displace(fields, before, trial):
     old, new, turn = np.empty(3), np.empty(3), np.empty(4)
-    _euler(before, old)
-    _euler(trial, new)
+    euler(before, old)
+    euler(trial, new)
     shifts = turns = squares = 0.0
     for i in range(3):
         d = trial[4 + i] - before[4 + i]

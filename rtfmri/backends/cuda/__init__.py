@@ -8,6 +8,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from rtfmri.backends import Array, exercise
 from rtfmri.backends.cuda._launch import PinnedStaging
+from rtfmri.backends.cuda.detrend import DetrendOperations
+from rtfmri.backends.cuda.glm import GlmOperations
 from rtfmri.backends.cuda.moments import MomentsOperations
 from rtfmri.backends.cuda.quality import QualityOperations
 from rtfmri.backends.cuda.register import RegisterOperations
@@ -18,6 +20,8 @@ from rtfmri.backends.cuda.smooth import SmoothOperations
 
 
 class CudaBackend(
+    DetrendOperations,
+    GlmOperations,
     MomentsOperations,
     QualityOperations,
     RegisterOperations,
