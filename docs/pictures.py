@@ -14,11 +14,12 @@ DOCS = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    """Write ``demo.png``, ``time-courses.png`` and ``quality.png`` beside this file."""
+    """Write the pictures beside this file."""
     with tempfile.TemporaryDirectory() as folder:
         report = run_demo(Path(folder) / "demo", device="cpu", say=print).out / "report"
         shutil.copy(report / "blobs-tapping.png", DOCS / "demo.png")
         shutil.copy(report / "time-courses.png", DOCS / "time-courses.png")
+        shutil.copy(report / "design.png", DOCS / "design.png")
         moving = Path(folder) / "moving.h5"
         print("a run with motion and spikes")
         with Session(MOVING, config=Config(device="cpu"), out=moving) as session:

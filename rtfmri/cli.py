@@ -319,14 +319,18 @@ def _glm_table(glm: dict[str, Any]) -> Table:
             if roi["effect"] is not None:
                 effect = f"{roi['effect']:+.2f} ± {roi['standard_error']:.2f}"
                 evidence = f"10^{roi['log_e'] / math.log(10):.1f}"
-            statistic = f"{roi['kind']} {roi['statistic']:+.1f}"
+            statistic = _statistic(roi["kind"], roi["statistic"])
             table.add_row(escape(contrast), escape(name), statistic, effect, evidence, "")
         place = ", ".join(f"{mm:.0f}" for mm in values["peak_mm"])
         evident = values["evident_voxels"]
         found = "" if evident is None else f"{evident} voxels evident"
-        peak = f"{values['kind']} {values['peak']:+.1f}"
+        peak = _statistic(values["kind"], values["peak"])
         table.add_row(escape(contrast), "peak", peak, "", found, place)
     return table
+
+
+def _statistic(kind: str, value: float) -> str:
+    return f"t {value:+.1f}" if kind == "t" else f"F {value:.1f}"
 
 
 @app.command()
@@ -467,9 +471,9 @@ def _show_blobs(title: str, rows: "Sequence[Blob]") -> None:
         return
     shown = Table(title=escape(title), title_justify="left")
     for column in ("", "peak", "at x, y, z (mm)", "voxels", "cm\N{SUPERSCRIPT THREE}", "centre"):
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     if any(blob.peak_mni_mm for blob in rows):
-        shown.add_column("MNI (mm)", justify="right")
+        shown.add_column("MNI (mm)", justify="right", no_wrap=True)
         shown.add_column("region")
     for i, blob in enumerate(rows, 1):
         places = [blob.peak_mm, blob.centre_mm, blob.peak_mni_mm]

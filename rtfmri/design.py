@@ -131,6 +131,7 @@ class Design:
         _check_names(self.columns)
         asked = dict(settings.contrasts) or _against_the_baseline(names, paradigm, baseline)
         self.contrasts = _contrasts(asked, settings.f_contrasts, self.columns)
+        self._rows = np.array([self._row(index) for index in range(n_known)])
 
     @staticmethod
     def wanted(paradigm: Paradigm, config: Config) -> bool:
@@ -139,6 +140,9 @@ class Design:
 
     def row(self, index: int) -> Floats:
         """Return the row of volume *index*, (n_columns,); motion is 0, to be filled in."""
+        return np.array(self._rows[index]) if index < len(self._rows) else self._row(index)
+
+    def _row(self, index: int) -> Floats:
         conditions, confounds = (
             table[index] if index < len(table) else np.zeros(table.shape[1])
             for table in (self._conditions, self._confounds)

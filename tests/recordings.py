@@ -1,7 +1,9 @@
 """Recordings of small simulated runs whose content a test knows."""
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,9 @@ def record(
         design=pipeline.design,
     )
     for volume in run:
-        recorder.append(volume, pipeline.push(volume))
+        now_s = time.perf_counter()
+        arrived = replace(volume, arrived_s=now_s, decoded_s=now_s)
+        recorder.append(arrived, pipeline.push(arrived))
     for reason in skipped:
         recorder.skip(reason)
     if broken:

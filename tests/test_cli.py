@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from pydicom import dcmread
@@ -66,6 +67,56 @@ def test_json_is_a_line_a_volume_and_a_summary(recording: Path, events: Path) ->
     with open_recording(recording) as run:
         peak = rows[-1]["summary"]["contrasts"]["tapping"]["peak_t"]
         assert peak <= float(run.maps()["tapping"].t.max())
+
+
+def test_the_glm_is_summed_up(recording: Path, events: Path) -> None:
+    shown = rtfmri("run", recording, "--events", events, "--contrast", "twice=2*tapping").stdout
+    assert "General linear model" in shown
+    assert "twice" in shown
+    assert "voxels evident" in shown
+
+
+def test_blobs_are_listed(recording: Path, tmp_path: Path) -> None:
+    (tmp_path / "to_mni.txt").write_text("1 0 0 2\n0 1 0 0\n0 0 1 0\n0 0 0 1\n")
+    affine = np.array([[2.0, 0, 0, -90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
+    labels = nibabel.Nifti1Image(np.ones((91, 109, 91), np.int16), affine)
+    labels.to_filename(tmp_path / "atlas.nii")
+    (tmp_path / "atlas.tsv").write_text("index\tname\n1\tthe [red]brain\n")
+    arguments = (
+        *("blobs", recording, "--threshold", "bonferroni", "--min-voxels", 2),
+        *("--mni", tmp_path / "to_mni.txt", "--atlas", tmp_path / "atlas.nii"),
+    )
+    assert "[red]brain" in rtfmri(*arguments).stdout
+    found = json.loads(rtfmri(*arguments, "--json", "--tsv", tmp_path / "b.tsv").stdout)
+    assert found["contrast"] == "tapping"
+    assert "Bonferroni" in found["threshold"]
+    first = found["blobs"][0]
+    assert first["Peak Stat"] > 6
+    assert first["MNI X"] == pytest.approx(first["X"] + 2)
+    assert (tmp_path / "b.tsv").read_text().startswith("Cluster ID\tX\tY\tZ\tPeak Stat")
+    none = rtfmri("blobs", recording, "--threshold", "z", "--level", 19).stdout
+    assert "no blobs" in none
+
+
+def test_a_localiser_makes_a_region_for_the_next_run(
+    recording: Path, events: Path, tmp_path: Path
+) -> None:
+    region = tmp_path / "hands.nii.gz"
+    done = rtfmri("localize", recording, "--top", 20, "--out", region)
+    assert done.stdout.startswith("20 voxels of tapping")
+    assert np.count_nonzero(nibabel.load(region).dataobj) == 20
+    shown = rtfmri("run", recording, "--events", events, "--roi", f"hands={region}", "--json")
+    last = [json.loads(line) for line in shown.stdout.splitlines()][-2:]
+    assert last[0]["roi"]["hands"]["t"]["tapping"] > 8
+    value = last[1]["summary"]["glm"]["tapping"]["roi"]["hands"]
+    assert value["interval"][0] < value["effect"] < value["interval"][1]
+    refused = rtfmri("localize", recording, "--top", 20, "--out", region, expect=1)
+    assert "exists already" in refused.stderr
+    cluster = tmp_path / "cluster.nii.gz"
+    rtfmri("localize", recording, "--inside", region, "--threshold", "fdr", "--out", cluster)
+    inside, chosen = (np.asarray(nibabel.load(f).dataobj) > 0 for f in (region, cluster))
+    assert chosen.any()
+    assert not (chosen & ~inside).any()
 
 
 def test_names_are_shown_as_they_are(recording: Path, tmp_path: Path) -> None:
@@ -134,6 +185,9 @@ def test_report_export_and_recover(recording: Path, tmp_path: Path) -> None:
         (["run", "ftp://somewhere"], "source"),
         (["simulate", SMALL, "--to", "tape:1"], "folder:DIR"),
         (["report", "none.h5"], "none.h5"),
+        (["run", SMALL, "--contrast", "tap"], "--contrast must be NAME=EXPRESSION, got 'tap'"),
+        (["blobs", "none.h5"], "none.h5"),
+        (["localize", "none.h5", "--out", "r.nii"], "none.h5"),
         (["bench", "--grid", "64x64"], "--grid must be like 64x64x36, got '64x64'"),
     ],
 )

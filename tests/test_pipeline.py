@@ -224,6 +224,7 @@ from numba.core.dispatcher import Dispatcher
 import rtfmri.backends.cpu as cpu
 from epi import a_grid, epi
 from rtfmri.config import Config
+from rtfmri.paradigm import Event, Paradigm
 from rtfmri.pipeline import Pipeline
 from rtfmri.volume import Volume
 
@@ -235,10 +236,11 @@ def compiled():
 
 grid, dtype = a_grid((24, 24, 16)), np.dtype("DTYPE")
 config = Config(device="cpu", CONFIG)
-pipeline = Pipeline(grid, config, rois={"all": np.ones(grid.shape)}, dtype=dtype)
+given = dict(rois={"all": np.ones(grid.shape)}, paradigm=Paradigm([Event(2, 4, "tap")]))
+pipeline = Pipeline(grid, config, n_volumes=30, dtype=dtype, **given)
 before = compiled()
 data = epi(grid).astype(dtype).reshape(grid.shape, order="F")
-for i in range(3):
+for i in range(30 if config.glm.noise == "ar1" else 3):
     pipeline.push(Volume(data, grid, i, 2.0, slice_times_s=(0.5,) * 16))
 print(compiled() - before)
 """
@@ -250,9 +252,18 @@ print(compiled() - before)
         ("int16", ""),
         (
             "uint16",
-            "smoothing={'fwhm_mm': 6.0, 'within_mask': True}, baseline={'kind': 'sliding'}",
+            (
+                "smoothing={'fwhm_mm': 6.0, 'within_mask': True}, baseline={'kind': 'sliding'}, "
+                "detrend={'method': 'exponential'}, roi={'filter': 'kalman'}"
+            ),
         ),
-        ("float32", "motion={'interpolation': 'trilinear'}, slice_timing={'method': 'cubic'}"),
+        (
+            "float32",
+            (
+                "motion={'interpolation': 'trilinear'}, slice_timing={'method': 'cubic'}, "
+                "glm={'noise': 'ar1', 'ar1_warm_up_volumes': 24}, detrend={'method': 'cosine'}"
+            ),
+        ),
     ],
 )
 def test_no_volume_waits_for_a_compiler(dtype: str, config: str) -> None:

@@ -692,15 +692,15 @@ def exercise(backend: Backend, dtype: Any) -> None:
     row, whitening = backend.zeros(1, np.float64), backend.zeros(2, np.float64)
     given = row, fields, whitening, contrasts, state, told
     backend.update_design(*given, backend.zeros(1, np.float64), motion_at=-1)
-    fit = GlmState(
-        backend.zeros((1, 1)),
-        *(backend.zeros(1) for _ in range(3)),
-        *(backend.zeros(shape, np.int32) for shape in (1, 1, (1, 3))),
-    )
-    statistics = backend.zeros((1, 1))
-    asked = fit, contrasts, told, statistics
-    backend.update_glm(voxel, *asked, whitened=False, first_column=0)
-    backend.remove_fit(voxel, fit.coordinates, told.directions[0, 0], told.scales[0], out)
+    for n in (1, 8 * PART_VOXELS):  # few voxels and many may have kernels of their own
+        fit = GlmState(
+            backend.zeros((1, n)),
+            *(backend.zeros(n) for _ in range(3)),
+            *(backend.zeros(shape, np.int32) for shape in (n, n, (1, 3))),
+        )
+        asked = fit, contrasts, told, backend.zeros((1, n))
+        backend.update_glm(backend.zeros(n), *asked, whitened=False, first_column=0)
+    backend.remove_fit(voxel, backend.zeros((1, 1)), told.directions[0, 0], told.scales[0], out)
     backend.remove_slow(voxel, backend.zeros(1), backend.zeros(1), whitening, out)
     offsets, voxels = (backend.copy(np.arange(n, dtype=np.int32)) for n in (2, 1))
     means = backend.zeros(1, np.float64)

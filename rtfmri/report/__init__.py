@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import rtfmri
 from rtfmri.anytime import e_bh
+from rtfmri.blobs import StatMap, threshold
 from rtfmri.errors import ConfigError, RecordingError
 from rtfmri.export import bids_labels, to_nifti
 from rtfmri.recording import Recording, open_recording
@@ -26,6 +27,7 @@ from rtfmri.report.regions import (
     peak,
 )
 from rtfmri.stages.baseline import MIN_VOLUMES
+from rtfmri.stages.glm import ContrastMaps
 from rtfmri.stages.mask import brain_mask
 from rtfmri.stages.quality import PROBLEMS
 from rtfmri.volume import Grid
@@ -80,13 +82,14 @@ def write_report(path: str | Path, out: str | Path, *, anatomy: str | Path | Non
 
 
 class _Finding(NamedTuple):
-    """A map to look for blobs in: name, statistic, (x, y, z) values, what it is, log e-values."""
+    """A map to look for blobs in, (x, y, z), with the threshold to draw it above."""
 
     name: str
     statistic: str
     values: NDArray[np.float32]
     text: str
     log_e: NDArray[np.float32] | None = None
+    threshold: float = THRESHOLD_T
 
 
 class _Report:
@@ -244,6 +247,7 @@ class _Report:
                     maps.statistic,
                     f"contrast {name} of the general linear model, {maps.dof} degrees of freedom",
                     maps.log_e,
+                    THRESHOLD_T if maps.kind == "t" else self.critical_f(maps),
                 )
                 for name, maps in self.contrasts.items()
                 if maps.dof >= 1
@@ -255,25 +259,34 @@ class _Report:
             for name in self.tested
         ]
 
+    def critical_f(self, maps: ContrastMaps) -> float:
+        """Return the F that is as rare as `THRESHOLD_T`."""
+        return threshold(StatMap.of(maps), self.brain, "z", THRESHOLD_T).statistic
+
     def blobs(self, finding: "_Finding", label: str) -> list[str]:
         """Return the blobs of one map: mosaic, table, what holds at any time, viewer."""
         name = finding.name
         t, at_mm = peak(finding.values, self.recording.grid, self.brain)
         rows = figures.slices_through(self.brain, self.recording.grid, at_mm)
-        t_map = _without_specks(self.image(finding.values * self.brain))
-        drawn = figures.mosaic(self.background, rows, t_map, THRESHOLD_T, finding.statistic)
-        sign = "" if finding.statistic == "F" else " either way"
+        least = finding.threshold
+        t_map = _without_specks(self.image(finding.values * self.brain), least)
+        drawn = figures.mosaic(self.background, rows, t_map, least, finding.statistic)
+        meaning = (
+            f"coloured where F is {least:.1f} or more"
+            if finding.statistic == "F"
+            else "warm where the signal rose, cool where it fell "
+            f"({finding.statistic} of {least} or more either way)"
+        )
         blobs = section(
             f"Blobs: {name}",
             self.figure(f"blobs-{label}", drawn, f"{finding.statistic} map of {name}"),
             paragraph(
-                f"{finding.text[0].upper()}{finding.text[1:]}, over {self.over}: warm where the "
-                f"signal rose, cool where it fell ({finding.statistic} of {THRESHOLD_T} or "
-                f"more{sign}, in clusters of {_MIN_CLUSTER_VOXELS} voxels or more, not corrected "
-                "for the number of voxels). Look for compact blobs where the task should have "
-                "them; a rim along the edge of the brain means that the head moved with the task."
+                f"{finding.text[0].upper()}{finding.text[1:]}, over {self.over}: {meaning}, in "
+                f"clusters of {_MIN_CLUSTER_VOXELS} voxels or more, not corrected for the number "
+                "of voxels. Look for compact blobs where the task should have them; a rim along "
+                "the edge of the brain means that the head moved with the task."
             ),
-            _clusters(t_map),
+            _clusters(t_map, least),
             text=f"Largest {finding.statistic}: {t:.1f} at {_place(at_mm)} mm. Places are scanner "
             "mm: x grows to the right, y to the front, z to the top.",
         )
@@ -289,7 +302,7 @@ class _Report:
             return [*parts, section(heading, text=text)]
         viewer = section(
             heading,
-            _viewer(t_map, self.background, at_mm, heading),
+            _viewer(t_map, least, self.background, at_mm, heading),
             text=f"The same blobs over {self.over}, in three planes through one point. Click or "
             "drag in a plane to move the point; its place and its value are shown.",
         )
@@ -496,7 +509,7 @@ def _signals(
     return np.array([[result.roi[name].signal for result in results] for name in regions])
 
 
-def _without_specks(t_map: Any) -> Any:
+def _without_specks(t_map: Any, threshold: float) -> Any:
     """Return the t map where it is beyond the threshold in clusters of some voxels, else 0."""
     from nilearn.image import threshold_img
 
@@ -504,14 +517,14 @@ def _without_specks(t_map: Any) -> Any:
         warnings.filterwarnings("ignore", "The given float value must not exceed")
         return threshold_img(
             t_map,
-            THRESHOLD_T,
+            threshold,
             cluster_threshold=_MIN_CLUSTER_VOXELS,
             two_sided=True,
             copy_header=True,
         )
 
 
-def _clusters(t_map: Any) -> str:
+def _clusters(t_map: Any, threshold: float) -> str:
     from nilearn.reporting import get_clusters_table
 
     if not np.any(t_map.dataobj):
@@ -519,7 +532,7 @@ def _clusters(t_map: Any) -> str:
     with warnings.catch_warnings():
         # All may have one sign.
         warnings.filterwarnings("ignore", "No clusters found")
-        found = get_clusters_table(t_map, THRESHOLD_T, two_sided=True).to_dict("records")
+        found = get_clusters_table(t_map, threshold, two_sided=True).to_dict("records")
     # nilearn lists further peaks of a cluster under it, without a size of their own.
     clusters = [row for row in found if row["Cluster Size (mm3)"] != ""]
     clusters.sort(key=lambda row: -abs(row["Peak Stat"]))
@@ -535,18 +548,23 @@ def _clusters(t_map: Any) -> str:
     left = len(clusters) - len(rows)
     more = paragraph(f"{left} more clusters are not listed.") if left > 0 else ""
     return (
-        table(("", "peak t", "x mm", "y mm", "z mm", "volume cm\N{SUPERSCRIPT THREE}"), rows)
-        + more
+        table(("", "peak", "x mm", "y mm", "z mm", "volume cm\N{SUPERSCRIPT THREE}"), rows) + more
     )
 
 
-def _viewer(t_map: Any, background: Any, at_mm: tuple[float, float, float], title: str) -> str:
+def _viewer(
+    t_map: Any,
+    threshold: float,
+    background: Any,
+    at_mm: tuple[float, float, float],
+    title: str,
+) -> str:
     from nilearn.plotting import view_img
 
     view = view_img(
         t_map,
         bg_img=background,
-        threshold=THRESHOLD_T,
+        threshold=threshold,
         cut_coords=at_mm,
         cmap=figures.WARM_COOL,
         black_bg=True,

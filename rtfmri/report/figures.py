@@ -192,7 +192,7 @@ def design(
     usable : (n_volumes,) bool
         Volumes that are not are marked.
     """
-    rows = [(c.name, row) for c in contrasts for row in c.weights]
+    rows = [(f"{c.name} ({c.kind})", row) for c in contrasts for row in c.weights]
     below = 0.28 * len(rows)
     figure = Figure(figsize=(10, 5.2 + below), layout="constrained")
     panels = figure.subplots(

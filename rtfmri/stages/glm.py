@@ -11,6 +11,7 @@ inverted, so float32 is enough for voxels.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -40,7 +41,10 @@ MEMORY_FWHM_MM = 15.0
 """How far a voxel's noise is told from its neighbours', as Worsley 2002 does (NeuroImage 15:1)."""
 MEMORY_STEP, MOST_MEMORY = 0.02, 0.9
 """Voxels whose lag-1 autocorrelations are within one such step share a noise class."""
-_TABULATED, _NODES = 19, 64
+_MEMORIES = np.linspace(0, MOST_MEMORY, 10)
+"""Where the bias is tabulated; between them it is all but a line."""
+_NODES = 64
+_AS_IT_IS = np.array([1.0, 0.0])
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -109,6 +113,8 @@ class GlmStage:
     ----------
     statistics : (n_contrasts, n_voxels) float32
         On the backend: t or F of each contrast after the volume pushed last.
+    whitened : bool
+        Whether the noise's memory is known, and not 0, and taken out.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class GlmStage:
         asked = np.flatnonzero(weights.any(axis=0))
         self._first_column = int(asked[0]) if asked.size else 0
         self.statistics = backend.zeros((len(design.contrasts), n_voxels))
+        self.whitened = False
         self._memory: Floats = np.zeros(1)
         self._labels = np.zeros(n_voxels, np.int32)
         self._no_pose = backend.zeros(len(POSE_FIELDS), np.float64)
@@ -153,19 +160,18 @@ class GlmStage:
         self._start(n_classes=1)
 
     @property
-    def whitened(self) -> bool:
-        """Whether the noise's memory is known and taken out."""
-        return bool(self._memory.any())
-
-    @property
     def warming_up(self) -> bool:
         """Whether the noise's memory is still to be estimated."""
         return self._ring is not None
 
-    def told(self, index: int) -> Floats:
-        """Return what is known of volume *index* before it comes, (n,), for `push`."""
+    def told(self, index: int, row: Floats | None = None) -> Floats:
+        """Return what is known of volume *index* before it comes, (n,), for `push`.
+
+        Its *row* of the design is taken from there, where it is not known better.
+        """
         self._index = index
-        return np.concatenate([self.design.row(index), self._whitening(index).ravel()])
+        row = self.design.row(index) if row is None else row
+        return np.concatenate([row, self._whitening(index)])
 
     def push(
         self,
@@ -321,15 +327,17 @@ class GlmStage:
         )
 
     def _whitening(self, index: int) -> Floats:
-        """Return the weights of a volume and of the usable one before it, (n_classes, 2).
+        """Return the weights of a volume and of the usable one before it, (2 * n_classes,).
 
         Given that one, g volumes earlier, the noise is ``memory**g`` of its, plus what is new; all
         are scaled so that what is new has the variance that it has from one volume to the next.
         """
+        if not self.whitened:
+            return _AS_IT_IS
         memory, gap = self._memory, index - self._last_index
         carried = memory**gap if self._last_index >= 0 else np.zeros_like(memory)
         gain = np.sqrt((1 - memory**2) / (1 - carried**2))
-        return np.column_stack([gain, gain * carried])
+        return np.column_stack([gain, gain * carried]).ravel()
 
     def _whiten(self) -> None:
         """Estimate the noise's memory from the volumes kept, and fit them again without it."""
@@ -342,6 +350,7 @@ class GlmStage:
         steps = np.rint(memory / MEMORY_STEP).astype(np.int32)
         classes, labels = np.unique(steps, return_inverse=True)
         self._memory = np.asarray(classes * MEMORY_STEP, np.float64)
+        self.whitened = bool(self._memory.any())
         self._labels = labels.astype(np.int32)
         ring: Any = self._ring
         self._ring = None
@@ -352,8 +361,7 @@ class GlmStage:
         self._last_index = -1
         scratch = backend.zeros(rows.shape[1], np.float64)
         for volume, row, index in zip(ring, rows, indices.tolist(), strict=True):
-            told = np.concatenate([row, self._whitening(index).ravel()])
-            self._fit(volume, backend.upload(told), scratch, None, None)
+            self._fit(volume, backend.upload(self.told(index, row)), scratch, None, None)
             self._last_index = index
 
 
@@ -411,10 +419,16 @@ def _memory_of(
     indices : (n,) int
         Positions in the run, which tell the distances between the volumes.
     """
-    project, distance = _residual_maker(rows), np.abs(indices[:, None] - indices)
-    memories = np.linspace(0, MOST_MEMORY, _TABULATED)
-    table = [_mean_lag_one_ratio(project, memory**distance) for memory in memories]
-    return np.interp(ratios, table, memories)
+    table = _mean_lag_one_ratios(rows.tobytes(), tuple(indices.tolist()))
+    return np.interp(ratios, table, _MEMORIES)
+
+
+@lru_cache(maxsize=1)  # voxels and regions have the same rows
+def _mean_lag_one_ratios(rows: bytes, indices: tuple[int, ...]) -> list[float]:
+    """Return what `_lag_one_ratios` has on average for noise of each of `_MEMORIES`."""
+    project = _residual_maker(np.frombuffer(rows).reshape(len(indices), -1))
+    distance = np.abs(np.subtract.outer(indices, indices))
+    return [_mean_lag_one_ratio(project, memory**distance) for memory in _MEMORIES]
 
 
 def _mean_lag_one_ratio(project: Floats, covariance: Floats) -> float:

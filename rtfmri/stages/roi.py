@@ -182,10 +182,8 @@ class RoiStage:
         index: int,
         row: NDArray[np.float64],
     ) -> None:
-        told = glm.told(index)
-        told[: len(row)] = row
         gate = np.array([usable], np.float32)
-        glm.push(means.astype(np.float32), told, self._row, usable=gate)
+        glm.push(means.astype(np.float32), glm.told(index, row), self._row, usable=gate)
         glm.settle(row, usable)
 
     def _ts(self) -> list[dict[str, float]]:

@@ -251,6 +251,10 @@ def update_glm(
                         out[i] = sums[i]
 
 
+# A few voxels, such as regions, are done before another thread would have woken up.
+_update_few = njit(cache=True, error_model="numpy")(update_glm.py_func)
+
+
 class GlmOperations(Threads):
     """The operations of `rtfmri.backends.Backend` on the general linear model."""
 
@@ -288,11 +292,12 @@ class GlmOperations(Threads):
             return
         coordinates, squares, origin, previous, order, _, parts = state
         told = (step.rotations, step.directions, step.scalars)
-        update_glm(
+        share = self._share(volume.size)
+        (_update_few if share == 1 else update_glm)(
             volume,
             *(coordinates, squares, origin, previous, order, parts, *told),
             *(contrasts.offsets, contrasts.kinds, statistics),
-            *(whitened, first_column, self._share(volume.size)),
+            *(whitened, first_column, share),
         )
 
 
