@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -32,6 +33,10 @@ app = typer.Typer(
 )
 out_console = Console()
 err_console = Console(stderr=True)
+
+
+_GLANCE_S = 1.0
+"""How often the evidence is shown: a human's glance, so that a replay is not held up."""
 
 
 class Threshold(StrEnum):
@@ -246,9 +251,18 @@ def _watch(session: "Session") -> None:
         transient=True,
     ) as progress:
         task = progress.add_task("run", total=session.n_volumes, state="waiting for a volume")
+        evidence, looked_s = "", 0.0
         for result in session:
-            state = "  ".join(_state(result))
+            if result.design is not None and time.monotonic() - looked_s > _GLANCE_S:
+                evidence, looked_s = _evidence(session), time.monotonic()
+            state = "  ".join([*_state(result), evidence])
             progress.update(task, completed=session.counters.processed, state=state)
+
+
+def _evidence(session: "Session") -> str:
+    """Return how much the map says, which holds however often one looks."""
+    found = session.evident_voxels()
+    return "  ".join(f"{name}: {n} voxels evident" for name, n in found.items())
 
 
 def _state(result: "Result") -> Iterator[str]:
@@ -469,18 +483,18 @@ def _show_blobs(title: str, rows: "Sequence[Blob]") -> None:
     if not rows:
         out_console.print(f"{title}: no blobs", markup=False, highlight=False)
         return
+    in_mni = any(blob.peak_mni_mm for blob in rows)
     shown = Table(title=escape(title), title_justify="left")
-    for column in ("", "peak", "at x, y, z (mm)", "voxels", "cm\N{SUPERSCRIPT THREE}", "centre"):
+    names = ("", "peak", "at x, y, z (mm)", "voxels", "cm\N{SUPERSCRIPT THREE}")
+    for column in (*names, "MNI (mm)" if in_mni else "centre (mm)"):
         shown.add_column(column, justify="right", no_wrap=True)
-    if any(blob.peak_mni_mm for blob in rows):
-        shown.add_column("MNI (mm)", justify="right", no_wrap=True)
-        shown.add_column("region")
+    if in_mni:
+        shown.add_column("region", overflow="fold")
     for i, blob in enumerate(rows, 1):
-        places = [blob.peak_mm, blob.centre_mm, blob.peak_mni_mm]
-        peak, centre, mni = (p and ", ".join(f"{mm:.0f}" for mm in p) for p in places)
+        places = (blob.peak_mm, blob.peak_mni_mm if in_mni else blob.centre_mm)
+        peak, other = (", ".join(f"{mm:.0f}" for mm in place or ()) for place in places)
         cells = [f"{blob.peak:+.1f}", peak, str(blob.n_voxels), f"{blob.volume_mm3 / 1000:.2f}"]
-        named = [mni, escape(blob.region or "")] if blob.peak_mni_mm else []
-        shown.add_row(str(i), *cells, centre, *named)
+        shown.add_row(str(i), *cells, other, *([escape(blob.region or "")] if in_mni else []))
     out_console.print(shown)
 
 

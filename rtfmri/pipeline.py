@@ -253,6 +253,11 @@ class Pipeline:
         return self._backend.name
 
     @property
+    def brain(self) -> Mask | None:
+        """The mask, (x, y, z) bool; None before the run has begun."""
+        return self._run.brain.mask if self._run else None
+
+    @property
     def n_start_up(self) -> int:
         """Volumes before the signal was steady, which count for nothing."""
         return self._n_start_up
