@@ -4,12 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rtfmri.config import BaselineSettings, Config, ParadigmSettings, SmoothingSettings
+    from rtfmri.config import (
+        BaselineSettings,
+        Config,
+        DetrendSettings,
+        GlmSettings,
+        ParadigmSettings,
+        SmoothingSettings,
+    )
+    from rtfmri.design import Design, read_confounds
     from rtfmri.paradigm import Event, Paradigm, read_events
     from rtfmri.pipeline import ConditionMaps, Pipeline, Result
     from rtfmri.readers import open_reader
     from rtfmri.recording import open_recording
     from rtfmri.session import Session
+    from rtfmri.stages.glm import ContrastMaps
     from rtfmri.volume import Grid, Volume
 
 __version__ = "0.1.0"
@@ -18,7 +27,11 @@ _HOMES = {
     "BaselineSettings": "config",
     "ConditionMaps": "pipeline",
     "Config": "config",
+    "ContrastMaps": "stages.glm",
+    "Design": "design",
+    "DetrendSettings": "config",
     "Event": "paradigm",
+    "GlmSettings": "config",
     "Grid": "volume",
     "Paradigm": "paradigm",
     "ParadigmSettings": "config",
@@ -29,6 +42,7 @@ _HOMES = {
     "Volume": "volume",
     "open_reader": "readers",
     "open_recording": "recording",
+    "read_confounds": "design",
     "read_events": "paradigm",
 }
 
@@ -36,7 +50,11 @@ __all__ = [
     "BaselineSettings",
     "ConditionMaps",
     "Config",
+    "ContrastMaps",
+    "Design",
+    "DetrendSettings",
     "Event",
+    "GlmSettings",
     "Grid",
     "Paradigm",
     "ParadigmSettings",
@@ -47,6 +65,7 @@ __all__ = [
     "Volume",
     "open_reader",
     "open_recording",
+    "read_confounds",
     "read_events",
 ]
 

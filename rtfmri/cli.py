@@ -393,6 +393,9 @@ def demo(
     )
     table.add_row("Dice against the truth", f"{score.dice:.3f}  (at least {score.least_dice:.3f})")
     table.add_row("area under the ROC curve", f"{score.roc_area:.4f}")
+    for contrast, values in found.run["glm"].items():
+        evident = f"{values['evident_voxels']} voxels, peak t {values['peak']:.1f}"
+        table.add_row(f"evident in the GLM, {contrast}", evident)
     table.add_row("volumes", f"{found.run['volumes']}, {found.run['recorded']} recorded")
     table.add_row("latency p50 / p99", f"{latency['p50']:.2f} / {latency['p99']:.2f} ms")
     table.add_row("device", found.run["device"])

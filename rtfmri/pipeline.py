@@ -288,6 +288,15 @@ class Pipeline:
         self._n_pushed += 1
         return result
 
+    def catch_up(self) -> None:
+        """Do what may wait until a result is out; else the next volume has to wait for it.
+
+        That is the end of ar1's warm-up, which a `Session` leaves for the time between volumes.
+        """
+        if self._run and self._run.glm:
+            self._run.glm.catch_up()
+            self._run.roi.catch_up()
+
     def _process(self, volume: Volume, begins: bool) -> Result:
         run, members = self._run, self.paradigm.members(volume.time_s, volume.tr_s)
         assert run is not None

@@ -184,6 +184,8 @@ class Session:
                 self._skip(item.name, item.reason)
             elif (result := self._process(self._arrived(item))) is not None:
                 yield result
+                if self.pipeline:
+                    self.pipeline.catch_up()
         if not self.counters.processed and not self._closed:
             reasons = "; ".join(f"{n}x {why}" for why, n in self.counters.skipped.items())
             raise SourceError(f"the source held no usable volume ({reasons or 'nothing came'})")

@@ -168,6 +168,17 @@ def test_what_cannot_be_asked_is_said(settings: dict, words: str) -> None:
         check_design(Paradigm(EVENTS), Config(glm=GlmSettings(**settings)), None)
 
 
+def test_what_depends_on_the_tr_is_not_judged_before_it_is_known() -> None:
+    # 5000 volumes make 156 cosines if the TR is 2 s, and 31 if it is 0.4 s.
+    settings = GlmSettings(contrasts={"slow": "drift_20"})
+    check_design(Paradigm(EVENTS), Config(glm=settings), None, 5000)
+    Design(Paradigm(EVENTS), settings, 0.4, n_volumes=5000)
+    with pytest.raises(ConfigError, match="at most 128 columns"):
+        check_design(Paradigm(EVENTS), Config(glm=settings, tr_s=2.0), None, 5000)
+    with pytest.raises(ConfigError, match="the columns are"):
+        check_design(Paradigm(EVENTS), Config(glm=settings, tr_s=0.4), None, 500)
+
+
 def test_names_must_differ_and_be_few_enough() -> None:
     with pytest.raises(ConfigError, match="got tap twice"):
         design(confounds=Confounds(np.zeros((N, 1)), ("tap",)))

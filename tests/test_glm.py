@@ -429,6 +429,21 @@ def test_there_is_no_evidence_before_the_memory_is_known() -> None:
     assert found.min() > 5
 
 
+def test_the_end_of_the_warm_up_can_wait_until_the_result_is_out() -> None:
+    memory, fields = np.full(300, 0.3), poses()
+    y = (1000 + NOISE_SD * autoregressive(N, memory)).astype(np.float32)
+    backend = open_backend("cpu")
+    waiting = whitened_fit(backend, memory, y[:WARM_UP], fields)
+    assert waiting.warming_up
+    waiting.catch_up()
+    assert not waiting.warming_up
+    at_once = whitened_fit(backend, memory, y[:WARM_UP], fields)
+    for stage in (waiting, at_once):
+        fit(backend, stage, y, fields, start=WARM_UP)
+    for name, maps in waiting.maps().items():
+        assert np.array_equal(at_once.maps()[name].statistic, maps.statistic)
+
+
 def test_a_warm_up_that_is_too_short_starts_no_run() -> None:
     settings = GlmSettings(**ASKED, noise="ar1", ar1_warm_up_volumes=20)
     least = MIN_RESIDUAL_DOF + len(a_design().columns)

@@ -1,7 +1,9 @@
 """The per-TR path against float64, for every kind of baseline."""
 
+import importlib
 import math
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 
+import rtfmri.backends.cpu as cpu
 from memory import ACTIVE, EVENTS, GRID, TR_S, plain, volumes
 from rtfmri.config import BaselineKind, BaselineSettings, Config, SmoothingSettings
 from rtfmri.errors import ConfigError, DeviceError, VolumeError
@@ -215,6 +219,17 @@ def test_more_threads_than_there_are_is_refused() -> None:
 def test_a_volume_made_by_hand_needs_no_clocks() -> None:
     volume = Volume(volumes(1)[0].data, GRID, 0, 2.0)
     assert Pipeline(GRID, plain()).push(volume).latency_ms < 60_000
+
+
+def test_no_two_kernels_share_a_place_in_numbas_cache() -> None:
+    # It is keyed on the name alone: a serial twin of a parallel kernel would be loaded for it.
+    found: dict[str, Dispatcher] = {}
+    for module in pkgutil.iter_modules(cpu.__path__):
+        for kernel in vars(importlib.import_module(f"{cpu.__name__}.{module.name}")).values():
+            if isinstance(kernel, Dispatcher):
+                name = f"{kernel.py_func.__module__}.{kernel.py_func.__qualname__}"
+                assert found.setdefault(name, kernel) is kernel, name
+    assert len(found) > 20
 
 
 FRESH = """

@@ -43,7 +43,7 @@ MEMORY_STEP, MOST_MEMORY = 0.02, 0.9
 """Voxels whose lag-1 autocorrelations are within one such step share a noise class."""
 _MEMORIES = np.linspace(0, MOST_MEMORY, 10)
 """Where the bias is tabulated; between them it is all but a line."""
-_NODES = 64
+_NODES, _AT_A_TIME = 64, 16_384
 _AS_IT_IS = np.array([1.0, 0.0])
 
 
@@ -169,6 +169,7 @@ class GlmStage:
 
         Its *row* of the design is taken from there, where it is not known better.
         """
+        self.catch_up()
         self._index = index
         row = self.design.row(index) if row is None else row
         return np.concatenate([row, self._whitening(index)])
@@ -213,15 +214,21 @@ class GlmStage:
         if not usable:
             return
         self._last_index = self._index
-        if self._ring is None:
-            return
-        self._rows.append(np.array(row))
-        self._indices.append(self._index)
-        if len(self._rows) == len(self._ring):
+        if self._ring is not None:
+            self._rows.append(np.array(row))
+            self._indices.append(self._index)
+
+    def catch_up(self) -> None:
+        """Do what may wait until a result is out: the end of ar1's warm-up, where it is due.
+
+        It costs as much as all volumes so far together. Whatever needs it does it.
+        """
+        if self._ring is not None and len(self._rows) == len(self._ring):
             self._whiten()
 
     def maps(self) -> dict[str, ContrastMaps]:
         """Return what the volumes so far say of each contrast, on the host."""
+        self.catch_up()
         download = self._backend.download
         statistics, counts = download(self.statistics), download(self._state.counts)
         scales = download(self._step.scales)[self._labels]
@@ -251,6 +258,7 @@ class GlmStage:
 
         As long as the noise's memory is to be estimated, it says nothing.
         """
+        self.catch_up()
         names = [c.name for c in self.design.contrasts for _ in c.weights]
         label = self._labels[voxel]
         scale = self._backend.download(self._step.scales)[label, names.index(contrast)]
@@ -259,6 +267,7 @@ class GlmStage:
 
     def memory(self) -> NDArray[np.float32]:
         """Return the lag-1 autocorrelation that is taken out of each voxel, (n_voxels,)."""
+        self.catch_up()
         return self._memory[self._labels].astype(np.float32)
 
     def _mixture(self, scale: float, dof: float) -> MixtureTest:
@@ -361,7 +370,8 @@ class GlmStage:
         self._last_index = -1
         scratch = backend.zeros(rows.shape[1], np.float64)
         for volume, row, index in zip(ring, rows, indices.tolist(), strict=True):
-            self._fit(volume, backend.upload(self.told(index, row)), scratch, None, None)
+            told = np.concatenate([row, self._whitening(index)])
+            self._fit(volume, backend.upload(told), scratch, None, None)
             self._last_index = index
 
 
@@ -395,11 +405,15 @@ def _lag_one_ratios(volumes: NDArray[np.float32], rows: Floats) -> NDArray[np.fl
     rows : (n, n_columns) float64
         Of the design.
     """
-    residuals = _residual_maker(rows).astype(np.float32) @ (volumes - volumes[0])
-    squares = np.einsum("kv,kv->v", residuals, residuals)
-    products = np.einsum("kv,kv->v", residuals[1:], residuals[:-1])
-    zeros = np.zeros_like(squares)
-    return np.asarray(np.divide(products, squares, out=zeros, where=squares > 0))
+    project = _residual_maker(rows).astype(np.float32)
+    ratios = np.zeros(volumes.shape[1], np.float32)
+    for start in range(0, ratios.size, _AT_A_TIME):
+        part = slice(start, start + _AT_A_TIME)
+        residuals = project @ (volumes[:, part] - volumes[0, part])
+        squares = np.einsum("kv,kv->v", residuals, residuals)
+        products = np.einsum("kv,kv->v", residuals[1:], residuals[:-1])
+        np.divide(products, squares, out=ratios[part], where=squares > 0)
+    return ratios
 
 
 def _memory_of(

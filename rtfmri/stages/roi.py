@@ -148,6 +148,11 @@ class RoiStage:
             for name, mean, level, p, q, t in values
         }
 
+    def catch_up(self) -> None:
+        """See `GlmStage.catch_up`."""
+        if self._glm:
+            self._glm.catch_up()
+
     def contrasts(self) -> dict[str, dict[str, RoiContrast]]:
         """Return what the GLM says of each region, by contrast and region; empty without one."""
         maps = self._glm.maps() if self._glm else {}

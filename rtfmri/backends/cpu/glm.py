@@ -161,6 +161,96 @@ def _add_score(score, coordinate, weight):
         score[i] += weight * coordinate[i]
 
 
+@_inner
+def _update_parts(
+    first_part,
+    stop_part,
+    volume,
+    coordinates,
+    squares,
+    origin,
+    previous,
+    order,
+    parts,
+    rotations,
+    directions,
+    scalars,
+    offsets,
+    kinds,
+    statistics,
+    whitened,
+    first_column,
+):
+    """Take voxels into the fit, part by part."""
+    p = coordinates.shape[0]
+    scratch = np.empty((3, PART_VOXELS), np.float32)
+    for part in range(first_part, stop_part):
+        g, start, stop = parts[part, 0], parts[part, 1], parts[part, 2]
+        rest, score, total = scratch[0][: stop - start], scratch[1], scratch[2]
+        gain, carry = scalars[g, _GAIN], scalars[g, _CARRY]
+        per_dof, first = scalars[g, _PER_DOF], scalars[g, _FIRST]
+        from_here, q = origin[start:stop], squares[start:stop]
+        where = order[start:stop]
+        if whitened:
+            for i in range(rest.size):
+                rest[i] = volume[where[i]]
+        else:
+            x = volume[start:stop]
+            for i in range(rest.size):
+                rest[i] = x[i]
+        if first > _ZERO:
+            for i in range(rest.size):
+                from_here[i] = rest[i]
+        for i in range(rest.size):
+            rest[i] = rest[i] - from_here[i]
+        if whitened:
+            before = previous[start:stop]
+            for i in range(rest.size):
+                y = rest[i]
+                rest[i] = gain * y - carry * before[i]
+                before[i] = y
+        for column in range(p):
+            c, s = rotations[g, column, 0], rotations[g, column, 1]
+            if s != _ZERO:
+                _rotate(coordinates[column, start:stop], rest, c, s)
+        for i in range(rest.size):
+            q[i] = q[i] + rest[i] * rest[i]
+        for k in range(kinds.size):
+            n_rows = offsets[k + 1] - offsets[k]
+            sums = total[: rest.size]
+            for i in range(rest.size):
+                sums[i] = _ZERO
+            for row in range(offsets[k], offsets[k + 1]):
+                scores = score[: rest.size]
+                for i in range(rest.size):
+                    scores[i] = _ZERO
+                for column in range(first_column, p):
+                    weight = directions[g, row, column]
+                    _add_score(scores, coordinates[column, start:stop], weight)
+                if kinds[k]:
+                    for i in range(rest.size):
+                        sums[i] += scores[i] * scores[i]
+                else:
+                    for i in range(rest.size):
+                        sums[i] += scores[i]
+            if kinds[k]:
+                for i in range(rest.size):
+                    size = np.float32(n_rows) * (q[i] * per_dof)
+                    sums[i] = sums[i] / size if size > _ZERO else _ZERO
+            else:
+                for i in range(rest.size):
+                    size = math.sqrt(q[i] * per_dof)
+                    sums[i] = sums[i] / size if size > _ZERO else _ZERO
+            if whitened:
+                out = statistics[k]
+                for i in range(rest.size):
+                    out[where[i]] = sums[i]
+            else:
+                out = statistics[k, start:stop]
+                for i in range(rest.size):
+                    out[i] = sums[i]
+
+
 @_kernel
 def update_glm(
     volume,
@@ -181,78 +271,67 @@ def update_glm(
     threads,
 ) -> None:
     """See `rtfmri.backends.Backend.update_glm`; *parts* (n, 3) are class, start, stop."""
-    n_parts, p = parts.shape[0], coordinates.shape[0]
+    n = parts.shape[0]
     for thread in prange(threads):
-        scratch = np.empty((3, PART_VOXELS), np.float32)
-        for part in range(n_parts * thread // threads, n_parts * (thread + 1) // threads):
-            g, start, stop = parts[part, 0], parts[part, 1], parts[part, 2]
-            rest, score, total = scratch[0][: stop - start], scratch[1], scratch[2]
-            gain, carry = scalars[g, _GAIN], scalars[g, _CARRY]
-            per_dof, first = scalars[g, _PER_DOF], scalars[g, _FIRST]
-            from_here, q = origin[start:stop], squares[start:stop]
-            where = order[start:stop]
-            if whitened:
-                for i in range(rest.size):
-                    rest[i] = volume[where[i]]
-            else:
-                x = volume[start:stop]
-                for i in range(rest.size):
-                    rest[i] = x[i]
-            if first > _ZERO:
-                for i in range(rest.size):
-                    from_here[i] = rest[i]
-            for i in range(rest.size):
-                rest[i] = rest[i] - from_here[i]
-            if whitened:
-                before = previous[start:stop]
-                for i in range(rest.size):
-                    y = rest[i]
-                    rest[i] = gain * y - carry * before[i]
-                    before[i] = y
-            for column in range(p):
-                c, s = rotations[g, column, 0], rotations[g, column, 1]
-                if s != _ZERO:
-                    _rotate(coordinates[column, start:stop], rest, c, s)
-            for i in range(rest.size):
-                q[i] = q[i] + rest[i] * rest[i]
-            for k in range(kinds.size):
-                n_rows = offsets[k + 1] - offsets[k]
-                sums = total[: rest.size]
-                for i in range(rest.size):
-                    sums[i] = _ZERO
-                for row in range(offsets[k], offsets[k + 1]):
-                    scores = score[: rest.size]
-                    for i in range(rest.size):
-                        scores[i] = _ZERO
-                    for column in range(first_column, p):
-                        weight = directions[g, row, column]
-                        _add_score(scores, coordinates[column, start:stop], weight)
-                    if kinds[k]:
-                        for i in range(rest.size):
-                            sums[i] += scores[i] * scores[i]
-                    else:
-                        for i in range(rest.size):
-                            sums[i] += scores[i]
-                if kinds[k]:
-                    for i in range(rest.size):
-                        size = np.float32(n_rows) * (q[i] * per_dof)
-                        sums[i] = sums[i] / size if size > _ZERO else _ZERO
-                else:
-                    for i in range(rest.size):
-                        size = math.sqrt(q[i] * per_dof)
-                        sums[i] = sums[i] / size if size > _ZERO else _ZERO
-                if whitened:
-                    out = statistics[k]
-                    for i in range(rest.size):
-                        out[where[i]] = sums[i]
-                else:
-                    out = statistics[k, start:stop]
-                    for i in range(rest.size):
-                        out[i] = sums[i]
+        _update_parts(
+            n * thread // threads,
+            n * (thread + 1) // threads,
+            volume,
+            coordinates,
+            squares,
+            origin,
+            previous,
+            order,
+            parts,
+            rotations,
+            directions,
+            scalars,
+            offsets,
+            kinds,
+            statistics,
+            whitened,
+            first_column,
+        )
 
 
-# A few voxels, such as regions, are done before another thread would have woken up.
-_update_few = njit(cache=True, error_model="numpy")(update_glm.py_func)
+@njit(cache=True, error_model="numpy")
+def update_glm_of_few(
+    volume,
+    coordinates,
+    squares,
+    origin,
+    previous,
+    order,
+    parts,
+    rotations,
+    directions,
+    scalars,
+    offsets,
+    kinds,
+    statistics,
+    whitened,
+    first_column,
+) -> None:
+    """Do the same without threads: so few voxels are done before another one would wake up."""
+    _update_parts(
+        0,
+        parts.shape[0],
+        volume,
+        coordinates,
+        squares,
+        origin,
+        previous,
+        order,
+        parts,
+        rotations,
+        directions,
+        scalars,
+        offsets,
+        kinds,
+        statistics,
+        whitened,
+        first_column,
+    )
 
 
 class GlmOperations(Threads):
@@ -293,12 +372,14 @@ class GlmOperations(Threads):
         coordinates, squares, origin, previous, order, _, parts = state
         told = (step.rotations, step.directions, step.scalars)
         share = self._share(volume.size)
-        (_update_few if share == 1 else update_glm)(
-            volume,
-            *(coordinates, squares, origin, previous, order, parts, *told),
-            *(contrasts.offsets, contrasts.kinds, statistics),
-            *(whitened, first_column, share),
+        args = (
+            *(volume, coordinates, squares, origin, previous, order, parts, *told),
+            *(contrasts.offsets, contrasts.kinds, statistics, whitened, first_column),
         )
+        if share == 1:
+            update_glm_of_few(*args)
+        else:
+            update_glm(*args, share)
 
 
 def _counts(usable: Array | None) -> bool:
