@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that one visit to a machine with an NVIDIA GPU should do: tests, sanitizers, benchmarks.
 #   benchmarks/gpu_check.sh OUTDIR        logs and JSON go to OUTDIR; under 10 minutes
-# Needs a checkout, and numpy, numba, pydantic, cupy, pytest in the Python that $PYTHON names.
+# Needs a checkout, and numpy, numba, pydantic, cupy, pytest in the Python that $PYTHON names; nilearn for the GLM's tests.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_check.sh OUTDIR}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -35,7 +35,7 @@ backend.synchronize()
 step machine 20 "$python" -c 'from rtfmri.machine import inspect; print(*inspect(), sep="\n")'
 step tests 240 "$python" -m pytest -q tests/test_moments.py tests/test_roi.py tests/test_smoothing.py \
     tests/test_reslice.py tests/test_motion.py tests/test_quality.py tests/test_slice_timing.py \
-    tests/test_glm.py tests/test_kernels.py
+    tests/test_glm.py tests/test_detrend.py tests/test_kernels.py
 step benchmarks 240 "$python" -m benchmarks --device cuda --out "$out"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

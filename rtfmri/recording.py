@@ -36,7 +36,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -471,17 +471,18 @@ class Recording:
         """Return each contrast's maps, as `maps` does; empty without a GLM."""
         if not self.closed:
             return self._replayed.glm_maps()
-        found = {}
-        for i, (name, n_rows) in enumerate(
-            zip(self.contrast_names, self._contrast_rows, strict=True)
-        ):
-            images = {name: self._file[f"glm/{name}"][i].T for name in _GLM_MAPS}
-            if n_rows:
-                images = {"statistic": images["statistic"]}
-            kind: Literal["t", "F"] = "F" if n_rows else "t"
-            dof = int(self._file["glm/dof"][i])
-            found[name] = ContrastMaps(kind, dof, n_rows or 1, **images)
-        return found
+        return {
+            contrast: self._contrast_maps(i, n_rows)
+            for i, (contrast, n_rows) in enumerate(
+                zip(self.contrast_names, self._contrast_rows, strict=True)
+            )
+        }
+
+    def _contrast_maps(self, i: int, n_rows: int) -> ContrastMaps:
+        glm, dof = self._file["glm"], int(self._file["glm/dof"][i])
+        if n_rows:
+            return ContrastMaps("F", dof, n_rows, glm["statistic"][i].T)
+        return ContrastMaps("t", dof, 1, *(glm[name][i].T for name in _GLM_MAPS))
 
     def quality_maps(self) -> dict[str, NDArray[np.float32]]:
         """Return mask, tSNR, SNR and the noise's memory, (x, y, z); 0 where there is none."""

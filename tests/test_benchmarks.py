@@ -606,7 +606,7 @@ def test_glm_with_ar1_has_many_classes_of_noise_after_its_warm_up(fits):
     ols, ar1, *_ = fits
     assert ols.n_classes() == 1
     assert ar1.n_classes() > 5
-    assert ar1.longest_settle_ms > 0
+    assert ar1.longest_catch_up_ms > 0
 
 
 def test_volumes_remember_most_in_the_middle():
