@@ -462,9 +462,9 @@ def blobs(
     from rtfmri.atlas import open_atlas
     from rtfmri.blobs import StatMap, find_blobs, table, write_table
     from rtfmri.blobs import threshold as find
+    from rtfmri.localiser import contrast_of
     from rtfmri.readers.nifti import read_affine
     from rtfmri.recording import open_recording
-    from rtfmri.regions import contrast_of
 
     to_mni = None if mni is None else read_affine(mni)
     names = None if atlas is None else open_atlas(atlas)
@@ -520,7 +520,7 @@ def localize(
 
     The cluster around the largest t above the threshold, or the voxels of the largest t (--top).
     """
-    from rtfmri.regions import localize as make
+    from rtfmri.localiser import localize as make
 
     name, n_voxels = make(
         recording,

@@ -41,6 +41,7 @@ MAX_START_UP = 10
 _STEADY, _FAULT = 0.015, 5.0
 """Two volumes agree if their means differ by less than 1.5 %, which is above what breathing,
 motion and drift do within one TR; a factor of 5 is a fault and no relaxation."""
+_NOTHING = np.zeros(0)
 _LOST = {"not registered", "out of view"}
 """Problems of two volumes of which one was the reference: nobody can tell whose they are."""
 
@@ -300,9 +301,7 @@ class Pipeline:
     def _process(self, volume: Volume, begins: bool) -> Result:
         run, members = self._run, self.paradigm.members(volume.time_s, volume.tr_s)
         assert run is not None
-        limits = self._backend.upload(run.quality.limits)
-        known = self._backend.upload(run.glm.told(volume.index)) if run.glm else None
-        drift = self._backend.upload(run.detrend.told(volume.index)) if run.detrend else None
+        limits, known, drift = self._tell(run, volume.index)
         self._raw = self._voxels = self._backend.upload(self._patched(volume.flat))
         self._lap("upload")
         if self._slice_timing:
@@ -363,6 +362,21 @@ class Pipeline:
             latency_ms=1e3 * (done_s - volume.arrived_s),
             deadline_missed=done_s - volume.arrived_s > (self._config.deadline_s or volume.tr_s),
         )
+
+    def _tell(self, run: _Run, index: int) -> tuple[Array, Array, Array]:
+        """Upload all that the stages know of a volume before it comes, in one piece."""
+        told = [
+            run.quality.limits,
+            run.glm.told(index) if run.glm else _NOTHING,
+            run.detrend.told(index) if run.detrend else _NOTHING,
+        ]
+        array = self._backend.upload(np.concatenate([part.ravel() for part in told]))
+        ends = np.cumsum([0, *(part.size for part in told)]).tolist()
+        limits, known, drift = (
+            array[a:b].reshape(part.shape)
+            for part, (a, b) in zip(told, pairwise(ends), strict=True)
+        )
+        return limits, known, drift
 
     def _prepare(self) -> None:
         """Find the head, and bring its brain to where it is in the reference.

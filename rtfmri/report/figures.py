@@ -124,7 +124,9 @@ def mosaic(
         _draw(figure, place, rows, t_map, threshold=threshold, bg_img=background, **scale)
     else:
         _draw(figure, place, rows, background, cmap="gray", vmin=0, vmax=_brightest(background))
-    _colour_bar(figure, 0.5, WARM_COOL, -largest, largest, statistic, dark=threshold)
+    bar = _colour_bar(figure, 0.5, WARM_COOL, -largest, largest, statistic, dark=threshold)
+    if statistic == "F":
+        bar.set_xlim(left=0)
     return figure
 
 
@@ -164,7 +166,7 @@ def _brightest(image: Any) -> float:
 
 def _colour_bar(
     figure: Figure, centre: float, cmap: Any, low: float, high: float, label: str, dark: float = 0
-) -> None:
+) -> Axes:
     height = figure.get_figheight()
     axes = figure.add_axes((centre - 0.12, 0.38 / height, 0.24, 0.1 / height))
     colours = ScalarMappable(Normalize(low, high), cmap)
@@ -173,6 +175,7 @@ def _colour_bar(
         axes.axvspan(-dark, dark, color="#333333")
     bar.ax.tick_params(colors="white", labelsize=8, length=2, pad=1)
     bar.set_label(label, color="white", size=8, labelpad=1)
+    return axes
 
 
 def design(

@@ -129,10 +129,7 @@ class DetrendStage:
         self._way = _DriftFit(backend, n_voxels, design, len(drift.columns) - 1, n)
 
     def told(self, index: int) -> Floats:
-        """Return what is known of volume *index* before it comes, (2, n), for `push`.
-
-        It has two axes so that its upload shares no buffer with what other stages are told.
-        """
+        """Return what is known of volume *index* before it comes, (2, n), for `push`."""
         return self._way.told(index)
 
     def push(self, volume: Array, told: Array, usable: Array | None = None) -> Array:

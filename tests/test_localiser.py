@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from rtfmri.errors import ConfigError, GridError
+from rtfmri.localiser import choose_region, write_region
 from rtfmri.readers.nifti import read_roi
-from rtfmri.regions import choose_region, write_region
 from rtfmri.volume import Grid
 
 SHAPE = (9, 8, 7)
