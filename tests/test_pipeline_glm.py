@@ -183,18 +183,18 @@ def test_a_real_run_of_many_volumes_and_conditions(tmp_path: Path) -> None:
     assert_nilearns(run)
 
 
-SHORT = tuple(Event(16.0 + 32 * i, 16.0, "tap") for i in range(3))
+SHORT = (Event(4.0, 10.0, "tap"), Event(26.0, 10.0, "tap"))
 
 
-def moving_run(n: int = 48) -> list[Volume]:
+def moving_run(n: int = 22) -> list[Volume]:
     """A head that wanders, with a blob that comes and goes with the task."""
     grid, rng = a_grid((20, 24, 16), (8.5, 8.5, 9.0)), np.random.default_rng(3)
-    steps = np.cumsum(rng.normal(0, [0.03] * 3 + [0.02] * 3, (n, 6)), axis=0)
+    steps = np.cumsum(rng.normal(0, [0.06] * 3 + [0.04] * 3, (n, 6)), axis=0)
     made = []
     for i in range(n):
         on = any(e.onset_s + 5 <= (i + 0.5) * TR_S < e.onset_s + e.duration_s + 5 for e in SHORT)
         pose = rigid(grid, steps[i, :3], steps[i, 3:]) if i else None
-        data = epi(grid, pose, noise_sd=8.0, blob_percent=6.0 * on, seed=i)
+        data = epi(grid, pose, noise_sd=8.0, blob_percent=9.0 * on, seed=i)
         made.append(Volume(data.reshape(grid.shape, order="F"), grid, i, TR_S))
     return made
 
@@ -219,7 +219,7 @@ def test_the_blob_of_a_moving_head_is_found_by_both_backends() -> None:
         given = {"paradigm": Paradigm(SHORT), "mask": mask, "rois": rois, "backend": backend}
         pipeline, results = pushed(run, Config(device="cpu"), **given)
         found.append((pipeline.glm_maps()["tap"], results))
-        assert pipeline.roi_contrasts()["tap"]["blob"].statistic > 7
+        assert pipeline.roi_contrasts()["tap"]["blob"].statistic > 4
     (ours, results), (theirs, their_results) = found
     assert np.array_equal(ours.statistic, theirs.statistic)
     for a, b in zip(results, their_results, strict=True):
@@ -228,7 +228,7 @@ def test_the_blob_of_a_moving_head_is_found_by_both_backends() -> None:
         assert a.design is not None
         moved = np.concatenate([a.motion.translation_mm, np.radians(a.motion.rotation_deg)])
         np.testing.assert_allclose(a.design[-7:-1], moved, atol=1e-12)
-    assert ours.statistic[near_the_blob(run[0])].max() > 7
+    assert ours.statistic[near_the_blob(run[0])].max() > 4
 
 
 def near_the_blob(volume: Volume) -> NDArray[np.bool_]:
