@@ -149,7 +149,8 @@ class GlmSettings(_Settings):
 
     noise: Literal["ols", "ar1", "off"] = "ols"
     """ols: independent from volume to volume; ar1: each voxel's noise remembers the volume before
-    (estimated once, after `ar1_warm_up_volumes`; until then as ols); off: no GLM."""
+    (estimated once, after `ar1_warm_up_volumes`; until then as ols); off: no GLM. Where the noise
+    remembers and is taken for independent, t and e-values promise too much."""
     hrf: HrfModel = "spm"
     """nilearn's haemodynamic response, with which the conditions are convolved."""
     drift: Literal["cosine", "linear", "none"] = "cosine"

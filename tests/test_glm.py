@@ -429,6 +429,28 @@ def test_there_is_no_evidence_before_the_memory_is_known() -> None:
     assert found.min() > 5
 
 
+def test_looking_at_every_volume_of_noise_that_remembers() -> None:
+    n, alpha, memory = 160, 0.05, np.full(2000, 0.3)
+    events = tuple(Event(20.0 + 40 * i, 20, "tap") for i in range(8))
+    y = (1000 + NOISE_SD * autoregressive(n, memory, seed=3)).astype(np.float32)
+    backend, ever = open_backend("cpu"), {}
+    for noise in ("ar1", "ols"):
+        settings = GlmSettings(contrasts={"tap": "tap"}, noise=noise, motion=False)
+        design = Design(Paradigm(events), settings, TR_S, n_volumes=n)
+        stage = GlmStage(backend, memory.size, design, settings, tissue_means(memory))
+        row, largest = np.zeros(len(design.columns)), np.zeros(memory.size)
+        for index in range(n):
+            stage.push(y[index], stage.told(index), row)
+            stage.settle(row)
+            log_e = stage.maps()["tap"].log_e
+            assert log_e is not None
+            largest = np.maximum(largest, log_e)
+        ever[noise] = np.mean(largest >= -math.log(alpha))
+    # Prewhitened, e-values keep their promise; taken for independent, they do not.
+    assert ever["ar1"] <= alpha
+    assert ever["ols"] > 2 * alpha
+
+
 def test_the_end_of_the_warm_up_can_wait_until_the_result_is_out() -> None:
     memory, fields = np.full(300, 0.3), poses()
     y = (1000 + NOISE_SD * autoregressive(N, memory)).astype(np.float32)

@@ -321,6 +321,11 @@ class _Report:
             "whenever the run was stopped: e-BH on e-values, which may be watched at every volume "
             "(Wang & Ramdas 2022; Lindon 2022)."
         )
+        if self.recording.config.glm.noise == "ols":
+            explanation += (
+                " They take the noise for independent from volume to volume; where it is not, "
+                'there are more false ones, and glm.noise = "ar1" puts that right.'
+            )
         n = int(evident.sum())
         if not n:
             return section(heading, paragraph("No voxel is evident yet."), text=explanation)
