@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rtfmri.errors import ConfigError, GridError
-from rtfmri.localiser import choose_region, write_region
+import recordings
+from rtfmri.config import GlmSettings
+from rtfmri.errors import ConfigError, GridError, RecordingError
+from rtfmri.export import to_nifti
+from rtfmri.localiser import choose_region, localize, write_region
 from rtfmri.readers.nifti import read_roi
 from rtfmri.volume import Grid
 
@@ -130,3 +133,59 @@ def test_a_region_is_read_back_as_it_was(tmp_path: Path, suffix: str) -> None:
 def test_a_region_is_a_nifti_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must end in .nii or .nii.gz, got .*motor.mat"):
         write_region(tmp_path / "motor.mat", a_mask(), Grid(SHAPE, np.eye(4)))
+
+
+# --- out of a recording
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_recording_gives_a_region(tmp_path: Path, broken: bool) -> None:
+    # A run that goes on, or was cut off, will do.
+    run = recordings.volumes(40)
+    pipeline = recordings.record(tmp_path / "r.h5", run, broken=broken)
+    name, n = localize(tmp_path / "r.h5", tmp_path / "roi.nii", top_voxels=20)
+    assert (name, n) == ("left hand", 20)
+    region = read_roi(tmp_path / "roi.nii", recordings.GRID) > 0
+    t = pipeline.glm_maps()["left hand"].statistic
+    assert t[region].min() >= np.sort(t.ravel())[-20]
+    assert (region & (recordings.roi() > 0)).sum() >= 18
+    name, n = localize(tmp_path / "r.h5", tmp_path / "blob.nii.gz", method="bonferroni")
+    cluster = read_roi(tmp_path / "blob.nii.gz", recordings.GRID) > 0
+    assert n == cluster.sum()
+    assert (cluster & (recordings.roi() > 0)).sum() >= 0.8 * n
+
+
+def test_an_anatomical_mask_bounds_the_region(tmp_path: Path) -> None:
+    recordings.record(tmp_path / "r.h5", recordings.volumes(40))
+    half = recordings.roi()
+    half[4:] = 0
+    to_nifti(half, recordings.GRID).to_filename(tmp_path / "half.nii.gz")
+    localize(tmp_path / "r.h5", tmp_path / "roi.nii", inside=tmp_path / "half.nii.gz")
+    region = read_roi(tmp_path / "roi.nii", recordings.GRID) > 0
+    assert region.any()
+    assert not (region & ~(half > 0)).any()
+
+
+def test_what_no_region_can_be_made_of(tmp_path: Path) -> None:
+    settings = GlmSettings(
+        contrasts={"left": "left hand"}, f_contrasts={"any": ("left hand", "drift_1")}
+    )
+    recordings.record(tmp_path / "r.h5", recordings.volumes(80), glm=settings)
+    recordings.record(tmp_path / "rest.h5", recordings.volumes(10), events=())
+    out = tmp_path / "roi.nii"
+    for path, given, words in (
+        ("r.h5", {"contrast": "right"}, "contrast must be one of left, any; got 'right'"),
+        ("r.h5", {"contrast": "any"}, "contrast must be of kind t, 'any' is F"),
+        ("rest.h5", {}, "has no contrasts"),
+        ("r.h5", {"method": "z", "level": 19}, "got none: lower the threshold"),
+        ("r.h5", {"top_voxels": 10**6}, "top_voxels must be 1 to"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            localize(tmp_path / path, out, **given)
+        assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(RecordingError, match="exists already"):
+        localize(tmp_path / "r.h5", out, top_voxels=5)
+    with pytest.raises(RecordingError, match="cannot write the region"):
+        localize(tmp_path / "r.h5", tmp_path / "no" / "roi.nii", top_voxels=5)
+    assert out.read_text() == "mine"

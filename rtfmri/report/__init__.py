@@ -317,9 +317,9 @@ class _Report:
         heading = f"Evidence: {finding.name}"
         explanation = (
             "The map above is right for who looks once, at the end. Here are the voxels of which "
-            f"at most {100 * _FDR:.0f} % are false discoveries however often one looked, and "
-            "whenever the run was stopped: e-BH on e-values, which may be watched at every volume "
-            "(Wang & Ramdas 2022; Lindon 2022)."
+            f"at most {100 * _FDR:.0f} % on average are false discoveries, however often one "
+            "looked and whenever the run was stopped: e-BH on e-values, which may be watched at "
+            "every volume (Wang & Ramdas 2022; Lindon 2022)."
         )
         if self.recording.config.glm.noise == "ols":
             explanation += (
