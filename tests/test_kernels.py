@@ -316,11 +316,12 @@ def test_sanitizers_see_a_bug(old: str, new: str, complaint: str | None) -> None
 
 
 def test_every_operation_under_sanitizers() -> None:
-    families = ("moments", "quality", "reslice", "roi", "slice_timing", "smoothing")
-    files = [f"test_{family}.py" for family in (*families, "smoothing_mask")]
+    families = ("detrend", "glm", "moments", "quality", "reslice", "roi", "slice_timing")
+    files = [f"test_{family}.py" for family in (*families, "smoothing", "smoothing_mask")]
     tests = [str(TESTS / name) for name in files]
     # In one order, without the longest: what is read and written does not depend on either.
-    chosen = "shuffled and not numba and not 20011 and not thousand"
+    longest = ("numba", "20011", "thousand", "batch", "ridge", "usable", "generalised")
+    chosen = " and not ".join(["shuffled", *longest])
     done = under_sanitizers(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests])
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout)
