@@ -9,20 +9,18 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from rtfmri.backends import (
-    PART_VOXELS,
     POSE_FIELDS,
     SLICE_FIELDS,
     Array,
     Backend,
     Contrast,
     Contrasts,
-    DesignState,
-    DesignStep,
-    GlmState,
     Moments,
     RoiTable,
     Subtraction,
     Template,
+    new_design,
+    new_fit,
 )
 from rtfmri.config import Interpolation
 from rtfmri.stages.motion import MotionStage
@@ -256,10 +254,7 @@ def _glm_cases(arrays: _Arrays, n_classes: int) -> Iterator[Case]:
     name = f", {n_classes} classes" if whitened else ""
     weights = do.copy(np.eye(p)[-1:])
     asked = Contrasts(weights, do.copy(np.array([0, 1], np.int32)), do.zeros(1, np.int32))
-    sizes: tuple[tuple[int, ...], ...] = ((p, p), (p,), (p,), (2,), (1, p), (1,))
-    *state, solved, scales = (do.zeros((n_classes, *size), np.float64) for size in sizes)
-    told = tuple(do.zeros((n_classes, *size)) for size in ((p, 2), (1, p), (4,)))
-    design, step = DesignState(*state), DesignStep(solved, scales, *told)
+    design, step = new_design(do, n_classes, 1, p)
     whitening = do.copy(np.tile([1.0, _CARRY if whitened else 0.0], n_classes))
     pose, row = arrays.normal(len(POSE_FIELDS)), do.zeros(p, np.float64)
     given = (pose, whitening, asked, design, step, row)
@@ -271,11 +266,11 @@ def _glm_cases(arrays: _Arrays, n_classes: int) -> Iterator[Case]:
     n_elements = n_classes * p * p
     yield Case(f"update_design{name}", "-", n_elements, reads, (*design, *step, row), call)
 
-    order, labels, parts = in_classes(arrays.shape, n_classes)
-    fit = GlmState(
-        arrays.normal(p, n, dtype=np.float32),
-        *(arrays.near(mean) for mean in (1e5, 1000.0, 20.0)),
-        *(do.copy(part) for part in (order, labels, parts)),
+    fit = new_fit(do, p, in_classes(arrays.shape, n_classes), whitened=whitened)._replace(
+        coordinates=arrays.normal(p, n, dtype=np.float32),
+        squares=arrays.near(1e5),
+        origin=arrays.near(1000.0),
+        previous=arrays.near(20.0),
     )
     volume, statistics = arrays.near(1000.0), do.zeros((1, n))
     options = {"whitened": whitened, "first_column": p - 1}
@@ -283,20 +278,14 @@ def _glm_cases(arrays: _Arrays, n_classes: int) -> Iterator[Case]:
     updated = (fit.coordinates, fit.squares, *((fit.previous,) if whitened else ()))
     # The processor goes by parts of a class, the GPU by the voxels' labels.
     where = (fit.parts,) if do.name == "cpu" else (fit.labels,) if whitened else ()
-    reads = (volume, *updated, fit.origin, *((fit.order,) if whitened else ()), *where)
-    reads = (*reads, *told, asked.offsets, asked.kinds)
+    where = (*((fit.order,) if whitened else ()), *where)
+    reads = (volume, *updated, fit.origin, *where, *step[2:], asked.offsets, asked.kinds)
     yield Case(f"update_glm{name}", "float32", n, reads, (*updated, statistics), call)
 
 
-def in_classes(shape: Sequence[int], n_classes: int) -> list[NDArray[np.int32]]:
-    """Return order, labels and parts of a `GlmState`, of classes that vary smoothly in space."""
-    labels = (n_classes * central(shape)).astype(np.int32)
-    order = np.argsort(labels, kind="stable")
-    labels = labels[order]
-    changes = np.flatnonzero(np.diff(labels, prepend=-1))
-    starts = np.union1d(changes, np.arange(0, labels.size, PART_VOXELS))
-    parts = np.column_stack([labels[starts], starts, np.append(starts[1:], labels.size)])
-    return [np.ascontiguousarray(part, np.int32) for part in (order, labels, parts)]
+def in_classes(shape: Sequence[int], n_classes: int) -> NDArray[np.int32]:
+    """Return each voxel's class of noise, (n_voxels,); they vary smoothly in space."""
+    return (n_classes * central(shape)).astype(np.int32)
 
 
 def _register_case(backend: Backend, shape: tuple[int, int, int]) -> Iterator[Case]:

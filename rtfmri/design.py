@@ -92,6 +92,8 @@ class Design:
     ----------
     columns : tuple of str
     contrasts : tuple of Contrast
+    drift : slice
+        The columns of drift.
     motion_at : int
         The first of the six motion columns, or -1.
     silent : tuple of str
@@ -122,6 +124,7 @@ class Design:
         run_s = self._n_planned * tr_s
         self._n_cosines = min(self._n_planned - 1, math.floor(2 * run_s / settings.high_pass_s))
         drift = self._drift_columns()
+        self.drift = slice(1, 1 + len(drift))
         motion = MOTION_COLUMNS if settings.motion and has_motion else ()
         self.columns = ("constant", *drift, *confounds.names, *motion, *names)
         self.motion_at = self.columns.index(motion[0]) if motion else -1
@@ -132,11 +135,6 @@ class Design:
         asked = dict(settings.contrasts) or _against_the_baseline(names, paradigm, baseline)
         self.contrasts = _contrasts(asked, settings.f_contrasts, self.columns)
         self._rows = np.array([self._row(index) for index in range(n_known)])
-
-    @staticmethod
-    def wanted(paradigm: Paradigm, config: Config) -> bool:
-        """Tell whether a run has a GLM: it needs events."""
-        return config.glm.noise != "off" and bool(paradigm.events)
 
     def row(self, index: int) -> Floats:
         """Return the row of volume *index*, (n_columns,); motion is 0, to be filled in."""
@@ -168,6 +166,41 @@ class Design:
         return np.asarray(np.sqrt(2 / n) * np.cos(np.pi / n * (index + 0.5) * k))
 
 
+def design_of(
+    paradigm: Paradigm,
+    config: Config,
+    tr_s: float,
+    *,
+    n_volumes: int | None,
+    confounds: Confounds | None,
+    has_motion: bool,
+) -> Design | None:
+    """Return the design of a run; None if it has no GLM, which needs events.
+
+    Raises
+    ------
+    ConfigError
+        As `Design` does.
+    """
+    if not _wanted(paradigm, config):
+        return None
+    return Design(
+        paradigm,
+        config.glm,
+        tr_s,
+        n_volumes=n_volumes,
+        baseline=config.baseline,
+        confounds=confounds,
+        has_motion=has_motion,
+        slice_time=slice_time(config),
+    )
+
+
+def slice_time(config: Config) -> float:
+    """Return the moment a volume stands for, in TRs after its start; slice timing moves it."""
+    return _SLICE_TIME if config.slice_timing.method == "off" else 0.0
+
+
 def check_design(
     paradigm: Paradigm,
     config: Config,
@@ -181,7 +214,7 @@ def check_design(
     ConfigError
         As `Design` does.
     """
-    if not Design.wanted(paradigm, config):
+    if not _wanted(paradigm, config):
         return
     settings = config.glm
     if config.tr_s is None:  # nor is it known how many cosines there will be
@@ -197,6 +230,10 @@ def check_design(
         baseline=config.baseline,
         confounds=confounds,
     )
+
+
+def _wanted(paradigm: Paradigm, config: Config) -> bool:
+    return config.glm.noise != "off" and bool(paradigm.events)
 
 
 def read_confounds(path: str | Path) -> Confounds:

@@ -280,15 +280,17 @@ def _glm_maps(maps: ContrastMaps) -> dict[str, NDArray[np.float32]]:
 
 def _design_sidecar(recording: Recording) -> dict[str, Any]:
     """Return what the columns of the design are, and the contrasts' weights."""
-    settings, design = recording.config.glm, recording.pipeline("cpu").design
-    contrasts = design.contrasts if design else ()
+    settings = recording.config.glm
     return {
         "RepetitionTime": recording.tr_s,
         "HRF": settings.hrf,
         "Drift": settings.drift,
         "NoiseModel": settings.noise,
         "Used": [bool(used) for used in recording.results["usable"]],
-        "Contrasts": {c.name: {"Test": c.kind, "Weights": c.weights.tolist()} for c in contrasts},
+        "Contrasts": {
+            contrast.name: {"Test": contrast.kind, "Weights": contrast.weights.tolist()}
+            for contrast in recording.contrasts()
+        },
     }
 
 

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from rtfmri.backends import Array, Backend, open_backend
 from rtfmri.config import Config
-from rtfmri.design import Confounds, Design, check_design
+from rtfmri.design import Confounds, Design, check_design, design_of, slice_time
 from rtfmri.errors import ConfigError, VolumeError
 from rtfmri.paradigm import Paradigm
 from rtfmri.stages.baseline import BaselineStage
@@ -228,7 +228,8 @@ class Pipeline:
                 "confounds must be given, since the settings name a file and a Pipeline reads "
                 "none; use a Session"
             )
-        check_design(self.paradigm, config, confounds, n_volumes)
+        if tr_s is None:
+            check_design(self.paradigm, config, confounds, n_volumes)
         self._backend = backend or open_backend(config.device, config.threads)
         for voxel in {self.dtype, np.dtype(np.float32)}:
             self._backend.warm(voxel)
@@ -490,19 +491,15 @@ class Pipeline:
         return _Parts(measured.pose, *(slice(a, b) for a, b in pairwise(ends)))
 
     def _new_design(self, tr_s: float) -> Design | None:
-        if not Design.wanted(self.paradigm, self._config):
-            return None
-        design = Design(
+        design = design_of(
             self.paradigm,
-            self._config.glm,
+            self._config,
             tr_s,
             n_volumes=self._n_planned,
-            baseline=self._config.baseline,
             confounds=self._confounds,
             has_motion=self._motion is not None,
-            slice_time=self._slice_time,
         )
-        for condition in design.silent:
+        for condition in design.silent if design else ():
             _log.warning("condition %r: nothing of it falls into the run", condition)
         return design
 
@@ -529,13 +526,8 @@ class Pipeline:
             n_volumes=self._n_planned,
             # What the model of the response misses would be taken for drift.
             hrf=with_derivative(self._config.glm.hrf),
-            slice_time=self._slice_time,
+            slice_time=slice_time(self._config),
         )
-
-    @property
-    def _slice_time(self) -> float:
-        """The moment a volume stands for, in TRs after its start: slice timing takes it there."""
-        return 0.5 if self._config.slice_timing.method == "off" else 0.0
 
     def _find_brain(self, reference: NDArray[Any], holes: Mask) -> Mask:
         """Return the mask, without holes, and with all voxels of all regions in it."""

@@ -44,7 +44,7 @@ from numpy.typing import DTypeLike, NDArray
 
 import rtfmri
 from rtfmri.config import Config
-from rtfmri.design import Confounds, Design
+from rtfmri.design import MOTION_COLUMNS, Confounds, Contrast, Design, design_of
 from rtfmri.errors import RecordingError
 from rtfmri.paradigm import MAX_NAME_BYTES, Event, Paradigm
 from rtfmri.pipeline import STAGES, ConditionMaps, Pipeline, Result, RunMaps
@@ -425,15 +425,37 @@ class Recording:
         """Return the volumes that are safe as of now, in the order of their processing."""
         return (self.volume(row) for row in range(self.n_volumes))
 
+    @property
+    def paradigm(self) -> Paradigm:
+        """The task, as the run was given it."""
+        return Paradigm(self.events, self.config.paradigm, self.config.baseline)
+
+    def contrasts(self) -> tuple[Contrast, ...]:
+        """Return what was asked of the GLM; empty without one."""
+        design = design_of(
+            self.paradigm,
+            self.config,
+            self.tr_s,
+            n_volumes=self.n_planned,
+            confounds=self.confounds,
+            has_motion=MOTION_COLUMNS[0] in self.columns,
+        )
+        return design.contrasts if design else ()
+
     def pipeline(
-        self, device: str | None = None, rois: Mapping[str, NDArray[Any]] | None = None
+        self,
+        device: str | None = None,
+        rois: Mapping[str, NDArray[Any]] | None = None,
+        **changes: Any,
     ) -> Pipeline:
-        """Return a fresh pipeline as that of this run, with its regions or with *rois*."""
-        config = self.config.with_changes(device=device)
+        """Return a fresh pipeline as that of this run.
+
+        With its regions or with *rois*, and with *changes* of its settings, by their names.
+        """
         return Pipeline(
             self.grid,
-            config,
-            paradigm=Paradigm(self.events, config.paradigm, config.baseline),
+            self.config.with_changes(device=device, **changes),
+            paradigm=self.paradigm,
             rois=self.roi_weights if rois is None else rois,
             mask=self.mask,
             reference=self.reference,

@@ -28,6 +28,7 @@ from rtfmri.pipeline import ConditionMaps, Pipeline, Result, RunMaps
 from rtfmri.readers import Reader, Skipped, open_reader
 from rtfmri.readers.nifti import read_mask, read_reference, read_roi
 from rtfmri.recording import Recorder, reserve
+from rtfmri.stages.glm import ContrastMaps
 from rtfmri.stages.mask import load_nilearn
 from rtfmri.timing import LatencyHistogram
 from rtfmri.volume import VOXEL_DTYPES, Volume
@@ -220,12 +221,9 @@ class Session:
         """
         if not self.pipeline or self.pipeline.brain is None:
             return {}
-        brain, maps = self.pipeline.brain, self.pipeline.glm_maps()
-        values = {name: m.log_e[brain] for name, m in maps.items() if m.log_e is not None}
-        return {
-            name: int(np.count_nonzero(log_e >= e_bh(log_e, EVIDENT)))
-            for name, log_e in values.items()
-        }
+        maps = self.pipeline.glm_maps()
+        found = {name: _n_evident(values, self.pipeline.brain) for name, values in maps.items()}
+        return {name: n for name, n in found.items() if n is not None}
 
     def summary(self) -> dict[str, Any]:
         """Return what the run came to, ready for JSON.
@@ -267,7 +265,7 @@ class Session:
             return {}
         summary: dict[str, Any] = {}
         brain = self.pipeline.brain
-        regions, evident = self.pipeline.roi_contrasts(), self.evident_voxels()
+        regions = self.pipeline.roi_contrasts()
         for name, maps in self.pipeline.glm_maps().items():
             largest, place_mm = peak(maps.statistic, self.pipeline.grid, brain)
             summary[name] = {
@@ -275,7 +273,7 @@ class Session:
                 "dof": maps.dof,
                 "peak": largest,
                 "peak_mm": place_mm,
-                "evident_voxels": evident.get(name),
+                "evident_voxels": _n_evident(maps, brain),
                 "roi": {roi: asdict(value) for roi, value in regions.get(name, {}).items()},
             }
         return summary
@@ -471,6 +469,14 @@ class _Writer:
                     self.n_recorded,
                     error,
                 )
+
+
+def _n_evident(maps: ContrastMaps, brain: NDArray[np.bool_]) -> int | None:
+    """Return how many voxels of a t contrast are evident; None for F."""
+    if maps.log_e is None:
+        return None
+    log_e = maps.log_e[brain]
+    return int(np.count_nonzero(log_e >= e_bh(log_e, EVIDENT)))
 
 
 def _check_length(confounds: Confounds | None, n_volumes: int | None) -> None:

@@ -141,8 +141,9 @@ OF_A_CLASS = 2 * 8 * (144 + 12 + 12 + 2) + 2 * 8 + 8 * (12 + 1) + 4 * (24 + 12 +
 
 def glm_parts_bytes(n_classes):
     """Return the bytes of an `update_glm` that do not grow with the voxels."""
-    *_, parts = kernels.in_classes((24, 22, 14), n_classes)
-    return parts.nbytes + n_classes * 4 * (24 + 12 + 4) + 8 + 4
+    voxels = np.bincount(kernels.in_classes((24, 22, 14), n_classes))
+    n_parts = int((-(-voxels // 1024)).sum())
+    return 3 * 4 * n_parts + n_classes * 4 * (24 + 12 + 4) + 8 + 4
 
 
 BYTES_PER_VOXEL = {

@@ -644,6 +644,46 @@ class Backend(Protocol):
         ...
 
 
+def new_design(
+    backend: Backend, n_classes: int, n_rows: int, n_columns: int
+) -> tuple[DesignState, DesignStep]:
+    """Return a design without a row yet, of contrasts with *n_rows* rows in all."""
+    new, p = backend.zeros, n_columns
+    state = DesignState(
+        *(new((n_classes, *shape), np.float64) for shape in ((p, p), (p,), (p,), (2,)))
+    )
+    step = DesignStep(
+        *(new((n_classes, *shape), np.float64) for shape in ((n_rows, p), (n_rows,))),
+        *(new((n_classes, *shape)) for shape in ((p, 2), (n_rows, p), (4,))),
+    )
+    return state, step
+
+
+def new_fit(
+    backend: Backend, n_columns: int, labels: NDArray[np.int32], *, whitened: bool = False
+) -> GlmState:
+    """Return a fit without a volume yet; voxel v of a volume is of noise class *labels[v]*."""
+    new, n = backend.zeros, labels.size
+    order = np.argsort(labels, kind="stable").astype(np.int32)
+    where = (backend.copy(a) for a in (order, labels[order], _parts_of(labels[order])))
+    previous = new(n if whitened else 1)  # not read else
+    return GlmState(new((n_columns, n)), new(n), new(n), previous, *where)
+
+
+def _parts_of(labels: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return class, start and stop of runs of one label, each at most `PART_VOXELS` long."""
+    starts = np.flatnonzero(np.diff(labels, prepend=-1))
+    stops = np.append(starts[1:], len(labels))
+    return np.array(
+        [
+            (labels[start], first, min(first + PART_VOXELS, stop))
+            for start, stop in zip(starts, stops, strict=True)
+            for first in range(start, stop, PART_VOXELS)
+        ],
+        np.int32,
+    ).reshape(-1, 3)
+
+
 def exercise(backend: Backend, dtype: Any) -> None:
     """Take one voxel through every operation: what `Backend.warm` does.
 
@@ -683,21 +723,12 @@ def exercise(backend: Backend, dtype: Any) -> None:
     contrasts = Contrasts(
         backend.zeros((1, 1), np.float64), *(backend.zeros(n, np.int32) for n in (2, 1))
     )
-    shapes: tuple[tuple[int, ...], ...] = ((1, 1, 1), (1, 1), (1, 1), (1, 2))
-    state = DesignState(*(backend.zeros(shape, np.float64) for shape in shapes))
-    told = DesignStep(
-        *(backend.zeros(shape, np.float64) for shape in ((1, 1, 1), (1, 1))),
-        *(backend.zeros(shape) for shape in ((1, 1, 2), (1, 1, 1), (1, 4))),
-    )
+    state, told = new_design(backend, n_classes=1, n_rows=1, n_columns=1)
     row, whitening = backend.zeros(1, np.float64), backend.zeros(2, np.float64)
     given = row, fields, whitening, contrasts, state, told
     backend.update_design(*given, backend.zeros(1, np.float64), motion_at=-1)
     for n in (1, 8 * PART_VOXELS):  # few voxels and many may have kernels of their own
-        fit = GlmState(
-            backend.zeros((1, n)),
-            *(backend.zeros(n) for _ in range(3)),
-            *(backend.zeros(shape, np.int32) for shape in (n, n, (1, 3))),
-        )
+        fit = new_fit(backend, 1, np.zeros(n, np.int32))
         asked = fit, contrasts, told, backend.zeros((1, n))
         backend.update_glm(backend.zeros(n), *asked, whitened=False, first_column=0)
     backend.remove_fit(voxel, backend.zeros((1, 1)), told.directions[0, 0], told.scales[0], out)

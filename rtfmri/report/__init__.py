@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 import rtfmri
-from rtfmri.anytime import e_bh
 from rtfmri.blobs import StatMap, threshold
+from rtfmri.config import GlmSettings
 from rtfmri.errors import ConfigError, RecordingError
 from rtfmri.export import bids_labels, to_nifti
 from rtfmri.recording import Recording, open_recording
@@ -88,7 +88,6 @@ class _Finding(NamedTuple):
     statistic: str
     values: NDArray[np.float32]
     text: str
-    log_e: NDArray[np.float32] | None = None
     threshold: float = THRESHOLD_T
 
 
@@ -246,7 +245,6 @@ class _Report:
                     maps.kind,
                     maps.statistic,
                     f"contrast {name} of the general linear model, {maps.dof} degrees of freedom",
-                    maps.log_e,
                     THRESHOLD_T if maps.kind == "t" else self.critical_f(maps),
                 )
                 for name, maps in self.contrasts.items()
@@ -291,8 +289,8 @@ class _Report:
             "mm: x grows to the right, y to the front, z to the top.",
         )
         parts = [blobs]
-        if finding.log_e is not None:
-            parts.append(self.evidence(finding, finding.log_e, rows, label))
+        if finding.statistic == "t":
+            parts.append(self.evidence(name, rows, label))
         heading = f"Look around: {name}"
         if min(self.grid.shape) < _MIN_VIEWER_SLICES:
             text = "Left out: the volume has too few slices to be cut three ways."
@@ -308,13 +306,11 @@ class _Report:
         )
         return [*parts, viewer]
 
-    def evidence(
-        self, finding: "_Finding", log_e: NDArray[np.float32], rows: figures.Rows, label: str
-    ) -> str:
-        """Return what of a map holds however often it was looked at."""
-        least = e_bh(log_e[self.brain], _FDR)
-        evident = self.brain & (log_e >= least)
-        heading = f"Evidence: {finding.name}"
+    def evidence(self, name: str, rows: figures.Rows, label: str) -> str:
+        """Return what of a t contrast holds however often it was looked at."""
+        stat = StatMap.of(self.contrasts[name])
+        found = threshold(stat, self.brain, "e-bh", _FDR)
+        heading = f"Evidence: {name}"
         explanation = (
             "The map above is right for who looks once, at the end. Here are the voxels of which "
             f"at most {100 * _FDR:.0f} % on average are false discoveries, however often one "
@@ -326,28 +322,26 @@ class _Report:
                 " They take the noise for independent from volume to volume; where it is not, "
                 'there are more false ones, and glm.noise = "ar1" puts that right.'
             )
-        n = int(evident.sum())
-        if not n:
+        if not found.above.any():
             return section(heading, paragraph("No voxel is evident yet."), text=explanation)
         drawn = figures.mosaic(
             self.background,
             rows,
-            self.image(finding.values * evident),
-            float(np.abs(finding.values[evident]).min()),
-            finding.statistic,
+            self.image(stat.values * found.above),
+            found.statistic,
+            "t",
         )
+        least = _power(stat.log_e_values()[found.above].min())
         return section(
             heading,
-            self.figure(f"evidence-{label}", drawn, f"Voxels of {finding.name} that are evident"),
-            text=f"{n} voxels, with e-values of {_power(least)} or more. {explanation}",
+            self.figure(f"evidence-{label}", drawn, f"Voxels of {name} that are evident"),
+            text=f"{found.above.sum()} voxels, with e-values of {least} or more. {explanation}",
         )
 
     def design(self) -> str:
         """Return the design matrix."""
         recording, settings = self.recording, self.recording.config.glm
-        design = recording.pipeline("cpu").design
-        matrix = recording.design[: len(self.rows)]
-        contrasts = design.contrasts if design else ()
+        matrix, contrasts = recording.design[: len(self.rows)], recording.contrasts()
         drawn = figures.design(matrix, recording.columns, contrasts, self.rows["usable"])
         noise = "independent from volume to volume"
         if settings.noise == "ar1":
@@ -509,7 +503,7 @@ def _signals(
     recording: Recording, n_volumes: int, regions: Mapping[str, Mask]
 ) -> NDArray[np.float64]:
     """Return each region's mean signal, (n_regions, n_volumes), by taking the run again."""
-    pipeline = recording.pipeline("cpu", regions)
+    pipeline = recording.pipeline("cpu", regions, glm=GlmSettings(noise="off"))
     results = [pipeline.push(recording.volume(row)) for row in range(n_volumes)]
     return np.array([[result.roi[name].signal for result in results] for name in regions])
 

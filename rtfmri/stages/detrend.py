@@ -12,16 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.backends import (
-    PART_VOXELS,
-    POSE_FIELDS,
-    Array,
-    Backend,
-    Contrasts,
-    DesignState,
-    DesignStep,
-    GlmState,
-)
+from rtfmri.backends import POSE_FIELDS, Array, Backend, Contrasts, new_design, new_fit
 from rtfmri.config import DetrendSettings, GlmSettings, HrfModel
 from rtfmri.design import Design
 from rtfmri.errors import ConfigError
@@ -120,13 +111,10 @@ class DetrendStage:
             drift=settings.method, high_pass_s=settings.period_s, hrf=hrf, motion=False
         )
         try:
-            drift, design = (
-                Design(of, model, tr_s, n_volumes=n, slice_time=slice_time)
-                for of in (Paradigm(), paradigm)
-            )
+            design = Design(paradigm, model, tr_s, n_volumes=n, slice_time=slice_time)
         except ConfigError as error:
             raise ConfigError(f"detrend: {error}") from error
-        self._way = _DriftFit(backend, n_voxels, design, len(drift.columns) - 1, n)
+        self._way = _DriftFit(backend, n_voxels, design, n)
 
     def told(self, index: int) -> Floats:
         """Return what is known of volume *index* before it comes, (2, n), for `push`."""
@@ -181,36 +169,23 @@ class _SlowMean:
 
 
 class _DriftFit:
-    """Least squares of a design with *n_drift* columns after the constant, *n* volumes long."""
+    """Least squares of a design, for a run of *n* volumes."""
 
-    def __init__(
-        self, backend: Backend, n_voxels: int, design: Design, n_drift: int, n: int
-    ) -> None:
+    def __init__(self, backend: Backend, n_voxels: int, design: Design, n: int) -> None:
         self._backend, self._design, p = backend, design, len(design.columns)
-        self._drift = slice(1, 1 + n_drift)
+        self._drift = design.drift
         planned = design.rows(n)[:, self._drift]
         self._start, self._size = planned[0], np.sqrt((planned**2).mean(axis=0))
         new = backend.zeros
         penalty = np.zeros(p)
         penalty[self._drift] = 1 / PRIOR_SD**2
+        state, self._step = new_design(backend, n_classes=1, n_rows=1, n_columns=p)
         # As if there had been a row for each column of drift, with nothing to be seen.
-        self._state = DesignState(
-            backend.copy(np.diag(np.sqrt(penalty))[None]),
-            backend.copy(penalty[None]),
-            new((1, p), np.float64),
-            new((1, 2), np.float64),
+        self._state = state._replace(
+            factor=backend.copy(np.diag(np.sqrt(penalty))[None]),
+            squares=backend.copy(penalty[None]),
         )
-        self._step = DesignStep(
-            *(new((1, *shape), np.float64) for shape in ((1, p), (1,))),
-            *(new((1, *shape)) for shape in ((p, 2), (1, p), (4,))),
-        )
-        starts = np.arange(0, n_voxels, PART_VOXELS)
-        stops = np.minimum(starts + PART_VOXELS, n_voxels)
-        parts = np.column_stack([np.zeros_like(starts), starts, stops]).astype(np.int32)
-        unread = new(1), new(1, np.int32), new(1, np.int32)  # nothing is whitened
-        self._voxels = GlmState(
-            new((p, n_voxels)), new(n_voxels), new(n_voxels), *unread, backend.copy(parts)
-        )
+        self._voxels = new_fit(backend, p, np.zeros(n_voxels, np.int32))
         self._whitening = backend.copy(np.array([1.0, 0.0]))
         self._no_pose, self._row = new(len(POSE_FIELDS), np.float64), new(p, np.float64)
         self._one_t = backend.copy(np.array([0, 1], np.int32)), new(1, np.int32)

@@ -18,16 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.anytime import MixtureTest
-from rtfmri.backends import (
-    PART_VOXELS,
-    POSE_FIELDS,
-    Array,
-    Backend,
-    Contrasts,
-    DesignState,
-    DesignStep,
-    GlmState,
-)
+from rtfmri.backends import POSE_FIELDS, Array, Backend, Contrasts, new_design, new_fit
 from rtfmri.config import GlmSettings
 from rtfmri.design import Design
 from rtfmri.errors import ConfigError
@@ -286,28 +277,10 @@ class GlmStage:
         return values
 
     def _start(self, n_classes: int) -> None:
-        """Forget all volumes; voxels are sorted by the labels that they have."""
-        backend, n = self._backend, self._n_voxels
+        """Forget all volumes; voxels are in the noise classes that they have labels of."""
         n_rows, p = self._contrasts.weights.shape
-        order = np.argsort(self._labels, kind="stable").astype(np.int32)
-        labels = self._labels[order]
-        new = backend.zeros
-        self._state = DesignState(
-            *(new((n_classes, *shape), np.float64) for shape in ((p, p), (p,), (p,), (2,)))
-        )
-        self._step = DesignStep(
-            *(new((n_classes, *shape), np.float64) for shape in ((n_rows, p), (n_rows,))),
-            *(new((n_classes, *shape)) for shape in ((p, 2), (n_rows, p), (4,))),
-        )
-        self._voxels = GlmState(
-            new((p, n)),
-            new(n),
-            new(n),
-            new(n if self.whitened else 1),
-            backend.copy(order),
-            backend.copy(labels),
-            backend.copy(_parts_of(labels)),
-        )
+        self._state, self._step = new_design(self._backend, n_classes, n_rows, p)
+        self._voxels = new_fit(self._backend, p, self._labels, whitened=self.whitened)
 
     def _fit(
         self, volume: Array, told: Array, row: Array, pose: Array | None, usable: Array | None
@@ -373,20 +346,6 @@ class GlmStage:
             told = np.concatenate([row, self._whitening(index)])
             self._fit(volume, backend.upload(told), scratch, None, None)
             self._last_index = index
-
-
-def _parts_of(labels: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return class, start and stop of runs of one label, each at most `PART_VOXELS` long."""
-    starts = np.flatnonzero(np.diff(labels, prepend=-1))
-    stops = np.append(starts[1:], len(labels))
-    return np.array(
-        [
-            (labels[start], first, min(first + PART_VOXELS, stop))
-            for start, stop in zip(starts, stops, strict=True)
-            for first in range(start, stop, PART_VOXELS)
-        ],
-        np.int32,
-    ).reshape(-1, 3)
 
 
 def _residual_maker(rows: Floats) -> Floats:

@@ -11,6 +11,7 @@ from numba import njit, prange
 
 from rtfmri.backends import Array
 from rtfmri.backends.cpu._threads import Threads
+from rtfmri.backends.cpu.moments import refused
 
 _ZERO = np.float32(0)
 
@@ -68,9 +69,8 @@ class DetrendOperations(Threads):
     ) -> None:
         """See `rtfmri.backends.Backend.remove_slow`."""
         gain, level_gain = (np.float32(gain) for gain in gains)
-        counts = usable is None or bool(usable[0] > 0)
         share = self._share(volume.size)
-        remove_slow(volume, slow, level, out, gain, level_gain, counts, share)
+        remove_slow(volume, slow, level, out, gain, level_gain, not refused(usable), share)
 
     def remove_fit(
         self, volume: Array, coordinates: Array, directions: Array, scales: Array, out: Array

@@ -14,6 +14,7 @@ from numba import njit, prange
 
 from rtfmri.backends import PART_VOXELS, Array, Contrasts, DesignState, DesignStep, GlmState
 from rtfmri.backends.cpu._threads import Threads
+from rtfmri.backends.cpu.moments import refused
 from rtfmri.backends.cpu.register import euler
 
 _NEW_DIRECTION, _ESTIMABLE, _INDEPENDENT = 1e-24, 1e-6, 1e-12
@@ -251,6 +252,7 @@ def _update_parts(
                     out[i] = sums[i]
 
 
+# Arguments one by one: as tuples they cost a parallel kernel 50 us a call.
 @_kernel
 def update_glm(
     volume,
@@ -352,7 +354,7 @@ class GlmOperations(Threads):
     ) -> None:
         """See `rtfmri.backends.Backend.update_design`."""
         given = (known, pose, whitening, contrasts.weights, contrasts.offsets, row)
-        update_design(*given, *state, *step, motion_at, _counts(usable))
+        update_design(*given, *state, *step, motion_at, not refused(usable))
 
     def update_glm(
         self,
@@ -367,7 +369,7 @@ class GlmOperations(Threads):
         usable: Array | None = None,
     ) -> None:
         """See `rtfmri.backends.Backend.update_glm`."""
-        if not _counts(usable):
+        if refused(usable):
             return
         coordinates, squares, origin, previous, order, _, parts = state
         told = (step.rotations, step.directions, step.scalars)
@@ -380,7 +382,3 @@ class GlmOperations(Threads):
             update_glm_of_few(*args)
         else:
             update_glm(*args, share)
-
-
-def _counts(usable: Array | None) -> bool:
-    return usable is None or bool(usable[0] > 0)

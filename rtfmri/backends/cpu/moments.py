@@ -190,7 +190,7 @@ class MomentsOperations(Threads):
         usable: Array | None = None,
     ) -> None:
         """See `rtfmri.backends.Backend.subtract`."""
-        if into is None or _refused(usable):
+        if into is None or refused(usable):
             into, gain = baseline, 0.0
         scalars = np.float32(bessel), np.float32(gain), self._share(volume.size)
         subtract(volume, *baseline, *out, *into, *scalars)
@@ -199,7 +199,7 @@ class MomentsOperations(Threads):
         self, volume: Array, into: Moments, *, gain: float, usable: Array | None = None
     ) -> None:
         """See `rtfmri.backends.Backend.fold`."""
-        if not _refused(usable):
+        if not refused(usable):
             fold(volume, *into, np.float32(gain), self._share(volume.size))
 
     def slide(
@@ -216,7 +216,7 @@ class MomentsOperations(Threads):
         usable: Array | None = None,
     ) -> None:
         """See `rtfmri.backends.Backend.slide`."""
-        if _refused(usable):
+        if refused(usable):
             self.subtract(volume, baseline, out, bessel=bessel, into=None, gain=0.0)
             return
         scalars = np.float32(bessel), np.float32(gain), full, self._share(volume.size)
@@ -240,5 +240,6 @@ class MomentsOperations(Threads):
         contrast(*condition, *baseline, *out, *per_dof, share)
 
 
-def _refused(usable: Array | None) -> bool:
+def refused(usable: Array | None) -> bool:
+    """Tell whether a volume is not to leave a trace, from its *usable* as operations get it."""
     return usable is not None and not usable[0]

@@ -153,6 +153,10 @@ class Launcher:
         self._kernels: dict[tuple[str, str, np.dtype[Any]], Any] = {}
         self._always = staging.copy(np.ones(1, np.float32))
 
+    def _gate(self, usable: Array | None) -> Array:
+        """Return what kernels read to know whether a volume counts; None says that it does."""
+        return self._always if usable is None else usable
+
     def _launch(self, file: str, name: str, voxel: DTypeLike, n_blocks: int, *args: Any) -> None:
         """Launch kernel *name* of *file*, specialised on the dtype *voxel* of a raw voxel.
 

@@ -20,7 +20,7 @@ class DetrendOperations(Launcher):
         usable: Array | None = None,
     ) -> None:
         """See `rtfmri.backends.Backend.remove_slow`."""
-        gate, n = self._always if usable is None else usable, np.int32(volume.size)
+        gate, n = self._gate(usable), np.int32(volume.size)
         args = (volume, slow, level, gains, gate, out, n)
         self._launch("detrend.cu", "remove_slow", np.float32, blocks_for(volume.size), *args)
 

@@ -25,7 +25,7 @@ class GlmOperations(Launcher):
         """See `rtfmri.backends.Backend.update_design`."""
         n_classes, n_rows, p = step.directions.shape
         sizes = (np.int32(n) for n in (motion_at, p, n_rows, contrasts.kinds.size))
-        gate = self._always if usable is None else usable
+        gate = self._gate(usable)
         given = (known, pose, whitening, contrasts.weights, contrasts.offsets, gate, row)
         self._launch(
             "glm.cu", "update_design", np.float32, n_classes, *given, *state, *step, *sizes
@@ -48,7 +48,7 @@ class GlmOperations(Launcher):
         n = volume.size
         numbers = (whitened, p, n_rows, contrasts.kinds.size, first_column, n)
         told = (step.rotations, step.directions, step.scalars)
-        gate = self._always if usable is None else usable
+        gate = self._gate(usable)
         args = (*state[:6], *told, contrasts.offsets, contrasts.kinds, gate, statistics)
         sizes = (np.int32(number) for number in numbers)
         self._launch("glm.cu", "update_glm", np.float32, blocks_for(n), volume, *args, *sizes)

@@ -25,14 +25,14 @@ class MomentsOperations(Launcher):
         """See `rtfmri.backends.Backend.subtract`."""
         target, gain = (baseline, 0.0) if into is None else (into, gain)
         scalars = np.float32(bessel), np.float32(gain)
-        arrays = (volume, *baseline, *out, *target, self._always if usable is None else usable)
+        arrays = (volume, *baseline, *out, *target, self._gate(usable))
         self._per_voxel("subtract", volume, *arrays, *scalars)
 
     def fold(
         self, volume: Array, into: Moments, *, gain: float, usable: Array | None = None
     ) -> None:
         """See `rtfmri.backends.Backend.fold`."""
-        arrays = (volume, *into, self._always if usable is None else usable)
+        arrays = (volume, *into, self._gate(usable))
         self._per_voxel("fold", volume, *arrays, np.float32(gain))
 
     def slide(
@@ -50,7 +50,7 @@ class MomentsOperations(Launcher):
     ) -> None:
         """See `rtfmri.backends.Backend.slide`."""
         scalars = np.float32(bessel), np.float32(gain), np.int32(full)
-        gate = self._always if usable is None else usable
+        gate = self._gate(usable)
         self._per_voxel("slide", volume, volume, *baseline, ring[slot], *out, gate, *scalars)
 
     def refresh(self, ring: Array, baseline: Moments, start: int, stop: int) -> None:
