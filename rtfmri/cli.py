@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from rtfmri.errors import ConfigError, RtfmriError
 if TYPE_CHECKING:
     from rtfmri.blobs import Blob
     from rtfmri.pipeline import Result
+    from rtfmri.readers import Reader
     from rtfmri.session import Session
 
 app = typer.Typer(
@@ -143,11 +145,19 @@ def run(
         float | None,
         typer.Option(help="Play a recorded source at this multiple of its TR's pace."),
     ] = None,
+    runs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Of a live source: so many runs, one after the other; each has a recording of "
+            "its own, OUT-1.h5, OUT-2.h5 and so on.",
+        ),
+    ] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Take each volume of SOURCE through the pipeline as it comes, and record it."""
     from rtfmri.config import Config
-    from rtfmri.session import Session
+    from rtfmri.readers import open_reader
 
     settings = (Config.from_toml(config) if config else Config()).with_changes(
         tr_s=tr, device=device and device.value
@@ -158,8 +168,37 @@ def run(
             glm=settings.glm.model_copy(update={"contrasts": contrasts})
         )
     rois = dict(_split(text, "--roi", "FILE") for text in roi or [])
+    outs = [out]
+    if runs > 1:
+        outs = [out and out.with_stem(f"{out.stem}-{i + 1}") for i in range(runs)]
+    lost = False
+    with closing(open_reader(source, tr_s=settings.tr_s, speed=speed)) as reader:
+        if runs > 1 and not reader.live:
+            raise ConfigError(f"--runs is for a live source, got {source}")
+        for number, file in enumerate(outs, start=1):
+            session = _run_once(
+                reader,
+                file,
+                as_json=as_json,
+                events=events,
+                rois=rois,
+                config=settings,
+                speed=speed,
+                more_runs=number < runs,
+            )
+            lost |= file is not None and session.counters.processed > session.n_recorded
+            if not session.end:
+                break
+    if lost:
+        raise typer.Exit(3)
+
+
+def _run_once(reader: "Reader", out: Path | None, *, as_json: bool, **given: Any) -> "Session":
+    """Take one run through, and show it."""
+    from rtfmri.session import Session
+
     with err_console.status("preparing the kernels (the first time takes some seconds)"):
-        session = Session(source, events=events, rois=rois, config=settings, out=out, speed=speed)
+        session = Session(reader, out=out, **given)
     with session:
         try:
             if as_json:
@@ -178,8 +217,7 @@ def run(
         _show_summary(summary)
     if session.n_recorded and not as_json:
         out_console.print(f"recorded in {out}; next: rtfmri report {out}", highlight=False)
-    if session.counters.processed > session.n_recorded and out:
-        raise typer.Exit(3)
+    return session
 
 
 def _split(text: str, option: str, what: str) -> tuple[str, str]:
@@ -198,8 +236,8 @@ def _result_json(result: "Result", session: "Session") -> dict[str, Any]:
             name: {
                 "signal": _finite(value.signal),
                 "filtered": _finite(value.filtered),
-                "psc": value.psc if result.baseline_ready else None,
-                "z": value.z if result.baseline_ready else None,
+                "psc": None if math.isnan(value.psc) else value.psc,
+                "z": None if math.isnan(value.z) else value.z,
                 "t": {name: _finite(t) for name, t in value.t.items()},
             }
             for name, value in result.roi.items()
@@ -220,7 +258,8 @@ def _result_json(result: "Result", session: "Session") -> dict[str, Any]:
             "usable_min": round(result.quality.usable_min, 3),
             "forecast_min": _finite(result.quality.forecast_min),
         },
-        "latency_ms": round(result.latency_ms, 3),
+        "missing": result.missing,
+        "latency_ms": None if result.missing else round(result.latency_ms, 3),
         "recorded": session.n_recorded,
     }
 
@@ -276,9 +315,13 @@ def _state(result: "Result") -> Iterator[str]:
         minutes += f", {quality.forecast_min:.1f} to go"
     yield minutes
     for name, value in result.roi.items():
+        if math.isnan(value.signal):
+            yield f"{name} no value"
+            continue
         t = next(iter(value.t.values()), None)
         yield f"{name} {value.psc:+.2f} %" + ("" if t is None else f" (t {t:+.1f})")
-    yield f"{result.latency_ms:.1f} ms"
+    if not result.missing:
+        yield f"{result.latency_ms:.1f} ms"
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
@@ -300,11 +343,16 @@ def _show_summary(summary: dict[str, Any]) -> None:
     if quality["tsnr_median"]:
         table.add_row("tSNR, median", f"{quality['tsnr_median']:.0f}")
     table.add_row("missing", str(summary["missing"]))
+    if summary["before_start"]:
+        table.add_row("before the start", str(summary["before_start"]))
+    if summary["reordered"]:
+        table.add_row("came after a later one", str(summary["reordered"]))
     for reason, n in summary["skipped"].items():
         table.add_row("skipped", f"{n}: {reason}")
     latency = summary["latency_ms"]
     table.add_row("latency p50 / p99", f"{latency['p50']:.2f} / {latency['p99']:.2f} ms")
     table.add_row("late results", str(summary["missed_deadlines"]))
+    table.add_row("end", summary["end"] or "stopped by the operator")
     table.add_row("device", summary["device"])
     out_console.print(table)
     if summary["glm"]:

@@ -106,6 +106,18 @@ class RoiSettings(_Settings):
     neurofeedback literature does (Koush 2012, NeuroImage 59:478); it is some 1.3 volumes late."""
 
 
+class OrderSettings(_Settings):
+    """What is done about volumes that come late, in another order, or never."""
+
+    window_volumes: Annotated[int, Field(ge=0, le=100)] = 4
+    """How many volumes are held back for one that lacks before them; 0 waits for none."""
+    wait_s: Annotated[float, Field(ge=0, le=60)] | None = None
+    """Seconds for which they are held, from the arrival of the first; None is half a TR. Then
+    what lacks is missing: baseline and GLM leave it out."""
+    feedback: Literal["none", "hold"] = "none"
+    """What the feedback of a missing volume says: no value (nan), or that of the volume before."""
+
+
 class BaselineSettings(_Settings):
     """What everything is subtracted from."""
 
@@ -185,6 +197,7 @@ class Config(_Settings):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """CPU threads of the kernels; None takes all this process may use."""
     paradigm: ParadigmSettings = ParadigmSettings()
+    order: OrderSettings = OrderSettings()
     slice_timing: SliceTimingSettings = SliceTimingSettings()
     motion: MotionSettings = MotionSettings()
     mask: MaskSettings = MaskSettings()

@@ -1,6 +1,7 @@
 """The per-TR path, in order: one volume in, one result out."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -59,7 +60,7 @@ class Result:
     conditions : tuple of str
         The conditions it counted for; empty in a transition, and if it was not usable.
     roi : dict of str to RoiValue
-        One value a region.
+        One value a region; nan where there is none.
     motion : MotionValue or None
         Where the head is; None without motion correction.
     quality : QualityValue
@@ -92,6 +93,11 @@ class Result:
     stage_ms: dict[str, float]
     latency_ms: float
     deadline_missed: bool
+
+    @property
+    def missing(self) -> bool:
+        """Whether the volume never came: then only index, time_s and feedback say something."""
+        return "missing" in self.quality.problems
 
 
 class ConditionMaps(NamedTuple):
@@ -241,6 +247,8 @@ class Pipeline:
         self.design = None if tr_s is None else self._new_design(tr_s)
         self._slice_timing: SliceTimingStage | None = None
         self._run: _Run | None = None
+        self._last: Result | None = None
+        self._tr_s = 0.0
         self._n_pushed = self._n_start_up = 0
         self._steady, self._level = False, 0.0
         self._holes: NDArray[np.bool_] | None = None
@@ -276,7 +284,8 @@ class Pipeline:
             At the first volume, if its header lacks what the settings ask for.
         """
         self._lap = _Laps(volume.decoded_s - volume.arrived_s, volume.arrived_s)
-        self._check(volume)
+        self._tr_s = volume.tr_s
+        volume.check_like(self.grid, self.dtype)
         begins = self._begins(volume)
         if begins:
             self._begin(volume)
@@ -288,7 +297,38 @@ class Pipeline:
                 self._lap("begin")
                 result = self._process(volume, begins=True)
         self._n_pushed += 1
+        self._last = result
         return result
+
+    def miss(self, index: int) -> Result:
+        """Return the result of volume *index*, which is not waited for any longer.
+
+        No stage learns of it. Its ROI values are nan, or with `OrderSettings.feedback` "hold"
+        those of the volume before.
+
+        Raises
+        ------
+        VolumeError
+            If the run has not begun.
+        """
+        if self._run is None or self._last is None:
+            raise VolumeError("the run has not begun")
+        last = self._last
+        hold = self._config.order.feedback == "hold"
+        return Result(
+            index=index,
+            time_s=index * self._tr_s,
+            conditions=(),
+            roi=last.roi if hold else {name: value.none() for name, value in last.roi.items()},
+            motion=None,
+            quality=self._run.quality.missing(),
+            design=None,
+            begins=False,
+            baseline_ready=last.baseline_ready and hold,
+            stage_ms=dict.fromkeys(STAGES, 0.0),
+            latency_ms=math.nan,
+            deadline_missed=False,
+        )
 
     def catch_up(self) -> None:
         """Do what may wait until a result is out; else the next volume has to wait for it.
@@ -633,12 +673,6 @@ class Pipeline:
     def _image(self, voxels: Array) -> NDArray[np.float32]:
         assert self._run is not None
         return self._run.brain.image(self._backend.download(voxels))
-
-    def _check(self, volume: Volume) -> None:
-        if not volume.grid.matches(self.grid):
-            raise VolumeError("another shape or position than the run's first volume")
-        if volume.data.dtype != self.dtype:
-            raise VolumeError("another voxel type than the run's first volume")
 
     def _patched(self, flat: NDArray[Any]) -> NDArray[Any]:
         """Return a volume with 0 in the holes that the first good one had, too.

@@ -21,7 +21,7 @@ Layout (h5py; every dataset is chunked, every string has a fixed length)::
     /maps/mask, tsnr, snr, memory                   (z, y, x) float32
     /glm/statistic, effect, variance, log_e         (n_contrasts, z, y, x) float32; /glm/dof
                                                     (n_contrasts,)
-    /skipped             (m,) compound: before_row, reason
+    /journal             (m,) compound: before_row, kind, text: what else happened, see `Note`
     /n_complete          (1,) int64: rows of volumes, results, roi, roi_t and design
                          that are safe
     /closed              (1,) uint8: 1 once the run has ended and the maps are in
@@ -36,7 +36,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import h5py
 import numpy as np
@@ -52,7 +52,7 @@ from rtfmri.stages.glm import ContrastMaps
 from rtfmri.stages.quality import PROBLEMS
 from rtfmri.volume import Grid, Volume
 
-FORMAT = "rtfmri-recording-3"
+FORMAT = "rtfmri-recording-4"
 _MAPS = ("mean", "effect", "psc", "t")
 _QUALITY_MAPS = ("mask", "tsnr", "snr", "memory")
 _GLM_MAPS = ("statistic", "effect", "variance", "log_e")
@@ -63,7 +63,7 @@ _QUALITY = ("dvars", "dvars_std", "global_signal", "usable_min")
 _ROWS = ("volumes", "results", "roi", "roi_t", "design")
 """What a volume adds a row to."""
 _NAME = f"S{MAX_NAME_BYTES}"
-_SKIPPED = np.dtype([("before_row", np.int64), ("reason", "S160")])
+_NOTE = np.dtype([("before_row", np.int64), ("kind", "S16"), ("text", "S160")])
 _EVENT = np.dtype([("onset_s", np.float64), ("duration_s", np.float64), ("trial_type", _NAME)])
 _RESULT = np.dtype(
     [
@@ -83,6 +83,20 @@ _RESULT = np.dtype(
         *((f"{stage}_ms", np.float64) for stage in STAGES),
     ]
 )
+
+
+NoteKind = Literal["skipped", "missing", "reordered", "start", "end"]
+
+
+class Note(NamedTuple):
+    """Something that happened in a run and is no volume."""
+
+    before_row: int
+    """The row of the next volume."""
+    kind: NoteKind
+    """skipped: something came and was not used; missing: it never came; reordered: it came after a
+    later one; start: the run was joined when it had begun; end: how its end was recognised."""
+    text: str
 
 
 class Recorder:
@@ -164,7 +178,7 @@ class Recorder:
         self._create("roi", (0, n_rois, 4), np.float64, rows=64)
         self._create("roi_t", (0, n_rois, n_contrasts), np.float64, rows=64)
         self._create("design", (0, len(columns)), np.float64, rows=64)
-        self._create("skipped", (0,), _SKIPPED, rows=16)
+        self._create("journal", (0,), _NOTE, rows=16)
         weights = self._create("roi_weights", (n_rois, *zyx), np.float32)
         for row, image in enumerate(rois.values()):
             weights[row] = np.asarray(image, np.float32).T
@@ -222,9 +236,9 @@ class Recorder:
             np.zeros(0) if result.design is None else result.design,
         )
 
-    def skip(self, reason: str) -> None:
-        """Write down that something arrived and was not used."""
-        self._skip(self.n_volumes, reason)
+    def note(self, kind: NoteKind, text: str) -> None:
+        """Write down what happened before the next volume."""
+        self._note(Note(self.n_volumes, kind, text))
 
     def close(self, maps: RunMaps) -> None:
         """Write the run's maps, mark the recording as whole, and close it."""
@@ -245,9 +259,10 @@ class Recorder:
         self._closed[0] = 1
         self._file.close()
 
-    def _skip(self, before_row: int, reason: str) -> None:
-        entry = np.array((before_row, reason.encode("ascii", "replace")), _SKIPPED)
-        self._put("skipped", self._file["skipped"].shape[0], entry)
+    def _note(self, note: Note) -> None:
+        text = note.text.encode("ascii", "replace")
+        entry = np.array((note.before_row, note.kind.encode(), text), _NOTE)
+        self._put("journal", self._file["journal"].shape[0], entry)
         self._file.flush()
 
     def _append(self, *values: NDArray[Any]) -> None:
@@ -390,9 +405,10 @@ class Recording:
         return {name: self._file["roi_weights"][i].T for i, name in enumerate(self.roi_names)}
 
     @property
-    def skipped(self) -> list[tuple[int, str]]:
-        """What arrived and was not used: the row of the next volume, and the reason."""
-        return [(int(row), reason.decode()) for row, reason in self._rows("skipped")[:].tolist()]
+    def journal(self) -> list[Note]:
+        """What happened besides volumes that were processed, in its order."""
+        rows = self._rows("journal")[:].tolist()
+        return [Note(int(row), kind.decode(), text.decode()) for row, kind, text in rows]
 
     def members(self) -> NDArray[np.bool_]:
         """Tell which volume counted for which condition, (n_volumes, n_conditions).
@@ -580,8 +596,8 @@ def recover(path: str | Path, out: str | Path) -> int:
         for volume, *values in zip(broken.volumes(), *rows, strict=False):
             pipeline.push(volume)
             recorder._append(volume.data.T, *values)
-        for before_row, reason in broken.skipped:
-            recorder._skip(before_row, reason)
+        for note in broken.journal:
+            recorder._note(note)
         recorder.close(pipeline.run_maps())
         return recorder.n_volumes
 

@@ -23,11 +23,12 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Config
 from rtfmri.design import Confounds, check_design, read_confounds
 from rtfmri.errors import ConfigError, SourceError, VolumeError
+from rtfmri.ordering import FAR, Gap, Ordering, Stray
 from rtfmri.paradigm import Event, Paradigm, read_events
 from rtfmri.pipeline import ConditionMaps, Pipeline, Result, RunMaps
-from rtfmri.readers import Reader, Skipped, open_reader
+from rtfmri.readers import Reader, RunEnd, Skipped, open_reader
 from rtfmri.readers.nifti import read_mask, read_reference, read_roi
-from rtfmri.recording import Recorder, reserve
+from rtfmri.recording import NoteKind, Recorder, reserve
 from rtfmri.stages.glm import ContrastMaps
 from rtfmri.stages.mask import load_nilearn
 from rtfmri.timing import LatencyHistogram
@@ -37,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 _READ_AHEAD = 2
 _WRITE_BEHIND = 32
-_TR_TOLERANCE_S = 1e-4
+_Item = Volume | Skipped | RunEnd | BaseException | None
 EVIDENT = 0.05
 """False discovery rate of the voxels that are called evident."""
 
@@ -47,14 +48,18 @@ class Counters:
     """What became of everything that arrived.
 
     ``arrived`` counts volumes and everything else the reader met; each is ``processed`` or
-    ``skipped`` (by reason). ``missing`` volumes never came although later ones did;
-    ``missed_deadlines`` counts results that came late. Of the processed volumes, ``start_up`` came
-    before the magnetisation was steady, and ``unusable`` ones had ``problems`` (by kind).
+    ``skipped`` (by reason). ``missing`` volumes never came, or too late, although later ones did;
+    ``before_start`` were over when the run was joined; ``reordered`` ones came after a later one,
+    and in time. ``missed_deadlines`` counts results that came late. Of the processed volumes,
+    ``start_up`` came before the magnetisation was steady, and ``unusable`` ones had ``problems``
+    (by kind).
     """
 
     arrived: int = 0
     processed: int = 0
     missing: int = 0
+    before_start: int = 0
+    reordered: int = 0
     missed_deadlines: int = 0
     start_up: int = 0
     unusable: int = 0
@@ -79,6 +84,9 @@ class Session:
         The recording to write; it must not exist.
     speed : float, optional
         For recorded sources: 1 plays at the pace of the TR, None as fast as it goes.
+    more_runs : bool
+        Whether another session will go on with the (live) reader: then it is not closed when its
+        run has ended.
 
     Attributes
     ----------
@@ -86,6 +94,8 @@ class Session:
     counters : Counters
     latency : LatencyHistogram
         From arrival to result.
+    end : str
+        How the end of the run was recognised, in words; empty before it.
     pipeline : Pipeline or None
         None before the first volume, which fixes the grid.
 
@@ -104,6 +114,7 @@ class Session:
         config: Config | None = None,
         out: str | Path | None = None,
         speed: float | None = None,
+        more_runs: bool = False,
     ) -> None:
         self._config = config or Config()
         task = read_events(events) if isinstance(events, str | Path) else tuple(events or ())
@@ -138,17 +149,19 @@ class Session:
         self.counters = Counters()
         self.latency = LatencyHistogram()
         self.pipeline: Pipeline | None = None
-        self._newest_index = -1
+        self.end = ""
+        self._more_runs = more_runs
+        self._first: Volume | None = None
+        self._ordering = Ordering(self._config.order.window_volumes, None)
         self._problems: tuple[str, ...] = ()
         self._last: Result | None = None
         self._fd_mm = self._fd_max_mm = 0.0
-        self._tr_s = 0.0
         self._late = False
         self._writer: _Writer | None = None
         self._has_a_clock = self._reader.live or speed is not None
-        self._early_skips: list[str] = []
+        self._early_notes: list[tuple[NoteKind, str]] = []
         self._closed = False
-        self._read: queue.Queue[Volume | Skipped | BaseException | None] = queue.Queue(_READ_AHEAD)
+        self._read: queue.Queue[_Item] = queue.Queue(_READ_AHEAD)
         self._thread = threading.Thread(target=self._read_all, name="rtfmri-reader", daemon=True)
         self._thread.start()
         _log.info("ready on %s, waiting for the first volume", self._backend.name)
@@ -172,21 +185,29 @@ class Session:
     def __iter__(self) -> Iterator[Result]:
         """Yield a result per usable volume, until the source ends.
 
+        A volume that lacks, and is not waited for any longer (`OrderSettings`), gives a result
+        that says so (`Result.missing`).
+
         Raises
         ------
         SourceError
             If the source breaks, or ends without one usable volume.
         """
-        while not self._closed and (item := self._read.get()) is not None:
+        while not self.end and not self._closed:
+            try:
+                item = self._read.get(timeout=self._patience_s())
+            except queue.Empty:
+                yield from self._process_ready()
+                continue
             if isinstance(item, BaseException):
                 raise item
-            self.counters.arrived += 1
-            if isinstance(item, Skipped):
-                self._skip(item.name, item.reason)
-            elif (result := self._process(self._arrived(item))) is not None:
-                yield result
-                if self.pipeline:
-                    self.pipeline.catch_up()
+            if item is None or isinstance(item, RunEnd):
+                yield from self._process_ready(ended=True)
+                self._note_end(item.reason if item else "the source ended")
+            else:
+                self.counters.arrived += 1
+                self._accept(item)
+                yield from self._process_ready()
         if not self.counters.processed and not self._closed:
             reasons = "; ".join(f"{n}x {why}" for why, n in self.counters.skipped.items())
             raise SourceError(f"the source held no usable volume ({reasons or 'nothing came'})")
@@ -196,7 +217,8 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        self._reader.close()
+        if not (self._more_runs and self.end):
+            self._reader.close()
         while self._thread.is_alive():
             # The reader may be waiting for room to hand over a volume that nobody will take.
             try:
@@ -245,6 +267,9 @@ class Session:
             "recorded": self.n_recorded,
             "conditions": {name: values.n_volumes for name, values in maps.items()},
             "missing": self.counters.missing,
+            "before_start": self.counters.before_start,
+            "reordered": self.counters.reordered,
+            "end": self.end,
             "skipped": dict(self.counters.skipped),
             "missed_deadlines": self.counters.missed_deadlines,
             "quality": self._quality_summary(),
@@ -316,16 +341,50 @@ class Session:
             volume, arrived_s=volume.arrived_s + late_s, decoded_s=volume.decoded_s + late_s
         )
 
+    def _patience_s(self) -> float | None:
+        """Return for how long the next item may be waited for; None is for ever."""
+        due_s = self._ordering.due_s()
+        return None if due_s is None else max(0.0, due_s - time.perf_counter())
+
+    def _accept(self, item: Volume | Skipped) -> None:
+        """Take what came into the order of the run, or say why it is none of it."""
+        if isinstance(item, Skipped):
+            self._skip(item.name, item.reason)
+            return
+        volume = self._arrived(item)
+        if self._first is None:
+            self._first = volume
+            order = self._config.order
+            wait_s = volume.tr_s / 2 if order.wait_s is None else order.wait_s
+            self._ordering = Ordering(order.window_volumes, wait_s if self._reader.live else None)
+        try:
+            first = self._first
+            volume.check_like(first.grid, first.data.dtype, first.tr_s)
+            self._ordering.put(volume)
+        except VolumeError as error:
+            self._skip(f"volume {volume.index}", str(error))
+        if self._ordering.n_reordered > self.counters.reordered:
+            self.counters.reordered = self._ordering.n_reordered
+            self._note("reordered", f"volume {volume.index} came after a later one")
+
+    def _process_ready(self, ended: bool = False) -> Iterator[Result]:
+        """Yield the results of all that need not wait for anything else."""
+        for item in self._ordering.ready(time.perf_counter(), ended=ended):
+            if isinstance(item, Gap):
+                yield from self._miss(item)
+            elif isinstance(item, Stray):
+                self._skip(f"volume {item.number}", "its number is far from the others'")
+            elif (result := self._process(item)) is not None:
+                yield result
+                if self.pipeline:
+                    self.pipeline.catch_up()
+
     def _process(self, volume: Volume) -> Result | None:
         if self.pipeline is None:
             self.pipeline = self._start(volume)
-            self._tr_s = volume.tr_s
         try:
-            self._check_order(volume)
             result = self.pipeline.push(volume)
         except VolumeError as error:
-            if not self.counters.processed:
-                self._newest_index = max(self._newest_index, volume.index)
             self._skip(f"volume {volume.index}", str(error))
             return None
         self._count(result)
@@ -333,11 +392,17 @@ class Session:
             self._writer.append(volume, result)
         return result
 
-    def _check_order(self, volume: Volume) -> None:
-        if volume.index <= self._newest_index:
-            raise VolumeError("came twice or out of order")
-        if abs(volume.tr_s - self._tr_s) > _TR_TOLERANCE_S:
-            raise VolumeError("another TR than the run's first volume")
+    def _miss(self, gap: Gap) -> Iterator[Result]:
+        """Yield what is to be said of volumes that never came."""
+        if gap.at_start:
+            self.counters.before_start += len(gap.indices)
+            self._note("start", f"the run was joined after {gap}")
+            return
+        self.counters.missing += len(gap.indices)
+        self._note("missing", f"{gap} never came")
+        # Nobody needs a hundred values for what is long over.
+        if len(gap.indices) <= FAR and self.pipeline and self.counters.processed:
+            yield from map(self.pipeline.miss, gap.indices)
 
     def _start(self, first: Volume) -> Pipeline:
         """Freeze the run's shape, position, voxel type and TR."""
@@ -384,16 +449,11 @@ class Session:
             )
             # Nothing is lost if a replay waits for the disk; a scanner does not wait.
             self._writer = _Writer(recorder, limit=0 if self._has_a_clock else _WRITE_BEHIND)
-            for reason in self._early_skips:
-                self._writer.skip(reason)
+            for kind, text in self._early_notes:
+                self._writer.note(kind, text)
         return pipeline
 
     def _count(self, result: Result) -> None:
-        missing = result.index - self._newest_index - 1
-        if missing:
-            self.counters.missing += missing
-            _log.warning("%d volume(s) missing before volume %d", missing, result.index)
-        self._newest_index = result.index
         self.counters.processed += 1
         self._judge(result)
         self.latency.add(result.latency_ms)
@@ -423,11 +483,19 @@ class Session:
 
     def _skip(self, name: str, reason: str) -> None:
         self.counters.skipped[reason] += 1
-        _log.warning("skipped %s: %s", name, reason)
+        self._note("skipped", reason, f"skipped {name}: {reason}")
+
+    def _note_end(self, reason: str) -> None:
+        self.end = reason
+        self._note("end", reason, f"the run has ended: {reason}")
+
+    def _note(self, kind: NoteKind, text: str, said: str | None = None) -> None:
+        """Write something down in the log and in the recording."""
+        _log.log(logging.INFO if kind == "end" else logging.WARNING, said or text)
         if self._writer:
-            self._writer.skip(reason)
+            self._writer.note(kind, text)
         else:
-            self._early_skips.append(reason)
+            self._early_notes.append((kind, text))
 
 
 class _Writer:
@@ -448,8 +516,8 @@ class _Writer:
     def append(self, volume: Volume, result: Result) -> None:
         self._jobs.put(lambda: self._recorder.append(volume, result))
 
-    def skip(self, reason: str) -> None:
-        self._jobs.put(lambda: self._recorder.skip(reason))
+    def note(self, kind: NoteKind, text: str) -> None:
+        self._jobs.put(lambda: self._recorder.note(kind, text))
 
     def close(self, maps: RunMaps) -> None:
         self._jobs.put(lambda: self._recorder.close(maps))

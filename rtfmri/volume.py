@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from rtfmri.errors import GridError, VolumeError
 
@@ -28,6 +28,10 @@ VOXEL_DTYPES = (np.dtype(np.int16), np.dtype(np.uint16), np.dtype(np.float32))
 
 AFFINE_TOLERANCE_MM = 1e-3
 """Grids whose corners differ by less than this are one grid (headers are rounded to text)."""
+
+
+TR_TOLERANCE_S = 1e-4
+"""TRs that differ by less are one TR."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -150,6 +154,21 @@ class Volume:
                 raise VolumeError(
                     f"slice_times_s must be finite and 0 or more, got {self.slice_times_s}"
                 )
+
+    def check_like(self, grid: Grid, dtype: DTypeLike, tr_s: float | None = None) -> None:
+        """Check that this volume can belong to a run of such volumes.
+
+        Raises
+        ------
+        VolumeError
+            If its shape, position, voxel type or TR is another.
+        """
+        if not self.grid.matches(grid):
+            raise VolumeError("another shape or position than the run's first volume")
+        if self.data.dtype != dtype:
+            raise VolumeError("another voxel type than the run's first volume")
+        if tr_s is not None and abs(self.tr_s - tr_s) > TR_TOLERANCE_S:
+            raise VolumeError("another TR than the run's first volume")
 
     @property
     def flat(self) -> NDArray[Any]:

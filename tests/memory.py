@@ -3,18 +3,19 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import numpy as np
 
 from rtfmri.config import Config, MaskSettings, MotionSettings
-from rtfmri.paradigm import Event
-from rtfmri.readers import Skipped
+from rtfmri.paradigm import Event as TaskEvent
+from rtfmri.readers import RunEnd, Skipped
 from rtfmri.volume import Grid, Volume
 
 TR_S = 2.0
 GRID = Grid((9, 8, 7), np.diag([3.0, 3.0, 3.5, 1.0]))
-EVENTS = (Event(20.0, 20.0, "tap"), Event(60.0, 20.0, "tap"))
+EVENTS = (TaskEvent(20.0, 20.0, "tap"), TaskEvent(60.0, 20.0, "tap"))
 ACTIVE = (slice(2, 5), slice(2, 5), slice(2, 4))
 
 
@@ -38,28 +39,39 @@ def plain(**settings: Any) -> Config:
 
 
 class MemoryReader:
-    """Gives *items* as a reader would; an exception among them is raised."""
+    """Gives *items* as a reader would; an exception among them is raised, a pause is waited for.
+
+    The next iteration goes on where a `RunEnd` ended the last one.
+    """
 
     def __init__(
-        self, items: Sequence[Volume | Skipped | Exception], *, live: bool = False
+        self,
+        items: Sequence[Volume | Skipped | RunEnd | Exception | Event],
+        *,
+        live: bool = False,
     ) -> None:
-        self.items = items
+        self.items = iter(items)
         self.live = live
         self.n_volumes: int | None = len(items)
         self.closed = False
 
-    def __iter__(self) -> Iterator[Volume | Skipped]:
+    def __iter__(self) -> Iterator[Volume | Skipped | RunEnd]:
         for item in self.items:
             if self.closed:
                 return
             if isinstance(item, Exception):
                 raise item
+            if isinstance(item, Event):
+                assert item.wait(30)
+                continue
             now_s = time.perf_counter()
             yield (
                 replace(item, arrived_s=now_s, decoded_s=now_s)
                 if isinstance(item, Volume)
                 else item
             )
+            if isinstance(item, RunEnd):
+                return
 
     def close(self) -> None:
         self.closed = True

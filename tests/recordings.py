@@ -85,7 +85,7 @@ def record(
         arrived = replace(volume, arrived_s=now_s, decoded_s=now_s)
         recorder.append(arrived, pipeline.push(arrived))
     for reason in skipped:
-        recorder.skip(reason)
+        recorder.note("skipped", reason)
     if broken:
         shutil.copy(growing, path)
     recorder.close(pipeline.run_maps())

@@ -28,12 +28,21 @@ def write_run(path, n_volumes=4):
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("dicomm://0.0.0.0:11112", "one of folder:, simulator:"),
+        ("dicomm://0.0.0.0:11112", "afni:, dicom:, folder:, mrd:"),
         ("gone.nii", "no such file"),
         ("{tmp}/notes.txt", "must be .nii, .nii.gz or .h5"),
         ("folder:{tmp}/gone", "cannot read the folder"),
         ("folder:{tmp}/notes.txt", "cannot read the folder"),
-        ("folder:{tmp}?cuont=3", "allowed are count, existing, timeout_s"),
+        ("folder:{tmp}?cuont=3", "allowed are count, echo, echoes, existing"),
+        ("folder:{tmp}?series=last", "series must be a whole number, 0 or more"),
+        ("folder:{tmp}?echo=0", "echo must be a whole number, 1 or more"),
+        ("folder:{tmp}?t2star_ms=-4", "t2star_ms must be a number of ms from 1 to 1000"),
+        ("dicom://?ae=TOO_LONG_FOR_A_TITLE", "AE titles of up to 16 characters"),
+        ("dicom://?callers=A,,B", "AE titles of up to 16 characters"),
+        ("mrd://?allow=somewhere", "addresses or networks, such as"),
+        ("mrd://0.0.0.0:9002", "0.0.0.0 is open to other machines; name those that may connect"),
+        ("mrd://127.0.0.1:99999", "an address is //HOST:PORT"),
+        ("mrd://127.0.0.1:9002/x", "an address is //HOST:PORT"),
         ("folder:{tmp}?count=three", "count must be a whole number, 1 or more, got 'three'"),
         ("folder:{tmp}?count=0", "count must be a whole number, 1 or more, got '0'"),
         ("folder:{tmp}?count=", "count must be a whole number"),
@@ -141,3 +150,20 @@ def test_what_is_no_recording_is_refused(tmp_path):
     (tmp_path / "run.h5").write_text("nothing")
     with pytest.raises(RecordingError):
         open_reader(str(tmp_path / "run.h5"))
+
+
+def test_another_package_may_bring_a_transport(tmp_path, monkeypatch):
+    info = tmp_path / "lab_reader-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lab-reader\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rtfmri.readers]\nlab = lab_reader:SCHEME\n")
+    (tmp_path / "lab_reader.py").write_text(
+        "from rtfmri.readers import Scheme, open_reader\n"
+        "def open_lab(target, tr_s, speed, depth):\n"
+        "    return open_reader(f'simulator:finger-tapping?volumes={depth}&shape=16x16x8')\n"
+        "SCHEME = Scheme(open_lab, {'depth': int})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert len(list(open_reader("lab:scanner?depth=3"))) == 3
+    with pytest.raises(SourceError, match="allowed are depth"):
+        open_reader("lab:scanner?width=3")

@@ -220,7 +220,7 @@ def test_recovered_maps_are_those_of_an_unbroken_run(tmp_path: Path) -> None:
         assert same_maps(session, broken.maps())
         assert mended.results.tobytes() == broken.results.tobytes()
         assert np.array_equal(mended.roi, broken.roi, equal_nan=True)
-        assert mended.skipped == broken.skipped
+        assert mended.journal == broken.journal
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "stranger", "cut"])

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from memory import ACTIVE, EVENTS, GRID, TR_S, MemoryReader, plain, volumes
+from rtfmri.config import OrderSettings
 from rtfmri.errors import ConfigError, DeviceError, EventsError, RecordingError, SourceError
 from rtfmri.paradigm import Event
-from rtfmri.readers import Skipped
+from rtfmri.readers import RunEnd, Skipped
 from rtfmri.recording import Recorder, open_recording
 from rtfmri.session import Session
 from rtfmri.volume import Grid, Volume
@@ -56,17 +59,18 @@ def test_every_fault_is_skipped_and_counted(caplog: pytest.LogCaptureFixture) ->
     ]
     with Session(MemoryReader(items), config=CPU) as session:
         results = list(session)
-    assert [r.index for r in results] == [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert [r.index for r in results] == list(range(12))
+    assert [r.index for r in results if r.missing] == [5, 6]
     assert session.counters.missing == 2
     assert session.counters.skipped == {
         "is not DICOM": 1,
-        "came twice or out of order": 2,
+        "came twice": 2,
         "another shape or position than the run's first volume": 2,
         "another TR than the run's first volume": 1,
         "another voxel type than the run's first volume": 1,
     }
     assert session.counters.arrived == session.counters.processed + 7
-    assert "2 volume(s) missing before volume 7" in caplog.text
+    assert "volume 5 to 6 never came" in caplog.text
     # The strangers left no trace: the baseline is that of the good volumes.
     used = np.mean([good[i].data for i in (0, 1, 2, 3, 4, 7, 8, 9, 10, 11)], 0)
     np.testing.assert_allclose(session.maps()["baseline"].mean, used, rtol=1e-6)
@@ -79,18 +83,117 @@ def test_faults_are_in_the_recording(tmp_path: Path) -> None:
     with Session(MemoryReader(items), config=CPU, out=tmp_path / "run.h5") as session:
         list(session)
     with open_recording(tmp_path / "run.h5") as recording:
-        assert recording.skipped == [
-            (0, "is not DICOM"),
-            (2, "is not DICOM"),
-            (4, "came twice or out of order"),
+        assert recording.journal == [
+            (0, "skipped", "is not DICOM"),
+            (2, "skipped", "is not DICOM"),
+            (4, "skipped", "came twice"),
+            (4, "end", "the source ended"),
         ]
         assert recording.n_volumes == 4
 
 
-def test_a_run_that_starts_late_says_what_it_missed() -> None:
-    with Session(MemoryReader(volumes(8)[5:]), config=CPU) as session:
+def test_a_run_may_be_joined_late(tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    with Session(MemoryReader(volumes(8)[5:]), config=CPU, out=out) as session:
         assert [r.time_s for r in session] == [5 * TR_S, 6 * TR_S, 7 * TR_S]
-    assert session.counters.missing == 5
+    assert (session.counters.before_start, session.counters.missing) == (5, 0)
+    with open_recording(out) as recording:
+        assert recording.journal[0] == (0, "start", "the run was joined after volume 0 to 4")
+
+
+def test_volumes_in_another_order_give_the_same_run(tmp_path: Path) -> None:
+    run = volumes(40)
+    swapped = [run[i] for i in (1, 0, *range(2, 20), 22, 21, 20, *range(23, 40))]
+    maps = []
+    for name, items in (("a.h5", run), ("b.h5", swapped)):
+        reader = MemoryReader(items, live=True)
+        config = plain(order=OrderSettings(wait_s=30))
+        with Session(reader, events=EVENTS, config=config, out=tmp_path / name) as session:
+            assert [r.index for r in session] == list(range(40))
+        maps.append(session.maps()["tap"].t)
+    assert session.counters.reordered == 3
+    np.testing.assert_array_equal(*maps)
+    with open_recording(tmp_path / "b.h5") as recording:
+        assert recording.journal[0] == (0, "reordered", "volume 0 came after a later one")
+        assert [note.kind for note in recording.journal] == [*["reordered"] * 3, "end"]
+
+
+@pytest.mark.parametrize("feedback", ["none", "hold"])
+def test_a_missing_volume_has_no_value_or_the_one_before(
+    feedback: Literal["none", "hold"], tmp_path: Path
+) -> None:
+    run = volumes(20)
+    config = plain(order=OrderSettings(feedback=feedback))
+    out = tmp_path / "run.h5"
+    reader = MemoryReader([*run[:10], *run[12:]])
+    with Session(reader, events=EVENTS, rois={"m": ROI}, config=config, out=out) as session:
+        results = list(session)
+    assert [r.index for r in results if r.missing] == [10, 11]
+    assert results[11].time_s == 11 * TR_S
+    assert results[11].conditions == ()
+    assert results[11].quality.problems == ("missing",)
+    assert results[11].quality.n_usable == results[9].quality.n_usable
+    if feedback == "hold":
+        assert results[11].roi == results[10].roi == results[9].roi
+    else:
+        value = results[11].roi["m"]
+        assert np.isnan(
+            [value.signal, value.filtered, value.psc, value.z, *value.t.values()]
+        ).all()
+    # Nothing learned of them: the results after them are as if they had never been.
+    with Session(MemoryReader(run[:10] + run[12:]), events=EVENTS, config=CPU) as other:
+        list(other)
+    np.testing.assert_array_equal(session.maps()["tap"].t, other.maps()["tap"].t)
+    with open_recording(out) as recording:
+        assert recording.n_volumes == 18
+        assert recording.journal[0] == (10, "missing", "volume 10 to 11 never came")
+
+
+def test_a_live_run_gives_a_gap_up_in_time() -> None:
+    """The scanner stops after volume 3; 2 never comes, and 3 must not wait for a later one."""
+    run, ended = volumes(4), threading.Event()
+    reader = MemoryReader([run[0], run[1], run[3], ended, run[2]], live=True)
+    with Session(reader, config=plain(order=OrderSettings(wait_s=0.05))) as session:
+        results = iter(session)
+        assert [next(results).index for _ in range(4)] == [0, 1, 2, 3]
+        ended.set()
+        assert list(results) == []
+    assert session.counters.missing == 1
+    assert session.counters.skipped == {"came after it was given up": 1}
+
+
+def test_a_stranger_does_not_take_the_place_of_a_volume() -> None:
+    run = volumes(4)
+    stranger = volumes(3, grid=Grid((8, 8, 7), GRID.affine))[2]
+    with Session(MemoryReader([*run[:2], stranger, *run[2:]]), config=CPU) as session:
+        assert [r.index for r in session if not r.missing] == [0, 1, 2, 3]
+
+
+def test_the_end_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    out = tmp_path / "run.h5"
+    reader = MemoryReader([*volumes(3), RunEnd("the scanner said so")], live=True)
+    with Session(reader, config=CPU, out=out) as session:
+        assert len(list(session)) == 3
+    assert session.end == session.summary()["end"] == "the scanner said so"
+    assert "the run has ended: the scanner said so" in caplog.text
+    with open_recording(out) as recording:
+        assert recording.journal == [(3, "end", "the scanner said so")]
+
+
+def test_two_runs_back_to_back_are_two_runs(tmp_path: Path) -> None:
+    first, second = volumes(5), volumes(6, seed=1)
+    reader = MemoryReader([*first, RunEnd("the next run began"), *second], live=True)
+    found = []
+    for name in ("a.h5", "b.h5"):
+        more = name == "a.h5"
+        with Session(reader, config=CPU, out=tmp_path / name, more_runs=more) as session:
+            assert all(not r.missing for r in session)
+        with open_recording(tmp_path / name) as recording:
+            found.append([volume.data for volume in recording.volumes()])
+    assert reader.closed
+    np.testing.assert_array_equal(found[0], [volume.data for volume in first])
+    np.testing.assert_array_equal(found[1], [volume.data for volume in second])
 
 
 def test_late_results_are_counted_and_the_run_goes_on() -> None:

@@ -6,19 +6,29 @@ A source is a path, which is played back as it lies there, or a URI::
     scans/                                      a folder of 3-D NIfTI files, or of DICOM files
     run.h5                                      a recording
     folder:/export?count=155&timeout_s=30       a folder, live: files that arrive from now on
+    dicom://127.0.0.1:11112?ae=RTFMRI           a DICOM node to which the scanner sends (C-STORE)
+    afni://:7961                                AFNI's real-time protocol
+    mrd://:9002                                 an MRD (ISMRMRD) stream
+    murfi://:15000                              Siemens' vSend, as murfi reads it
+    pyneal://:5556                              Pyneal's ZeroMQ protocol
+    tcp://:5678, zmq://:5679                    our own, for those who write a sender themselves
     simulator:finger-tapping?volumes=150        a scanner that is not there
 
-A new transport is one module and one entry in `SCHEMES`.
+A new transport is one module and one entry in `SCHEMES`; one of somebody else's is an entry point
+of the group ``rtfmri.readers``, named like its scheme, that is a `Scheme`.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl, unquote
 
 from rtfmri.errors import ConfigError, SourceError
+from rtfmri.readers.network import parse_allowed
 from rtfmri.volume import Volume
 
 
@@ -31,8 +41,15 @@ class Skipped(NamedTuple):
     """In words; holds nothing from the file's header that could name a participant."""
 
 
+class RunEnd(NamedTuple):
+    """The run is over, as far as the source can tell."""
+
+    reason: str
+    """How that was recognised, in words."""
+
+
 class Reader(Protocol):
-    """A source of volumes, iterated once.
+    """A source of volumes, iterated once; a live one once for each run.
 
     A `Volume` leaves with ``arrived_s`` and ``decoded_s`` stamped. What cannot be used leaves as
     `Skipped`, never as an exception. Volumes may come late, doubled, out of order or with another
@@ -44,8 +61,8 @@ class Reader(Protocol):
     n_volumes: int | None
     """How many volumes are expected, where that is known."""
 
-    def __iter__(self) -> Iterator[Volume | Skipped]:
-        """Give volumes as they come; ends with the run or after `close`."""
+    def __iter__(self) -> Iterator[Volume | Skipped | RunEnd]:
+        """Give volumes as they come; ends with the run, a `RunEnd` at most last, or `close`."""
         ...
 
     def close(self) -> None:
@@ -90,12 +107,12 @@ def open_reader(source: str, *, tr_s: float | None = None, speed: float | None =
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name} must be a number above 0, got {value}")
     uri = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", source)
-    if not uri or (uri[1] not in SCHEMES and Path(source).exists()):
+    scheme = _find_scheme(uri[1]) if uri else None
+    if not uri or (not scheme and Path(source).exists()):
         return _open_path(Path(source), tr_s, speed)
-    if uri[1] not in SCHEMES:
+    if not scheme:
         known = ", ".join(f"{name}:" for name in sorted(SCHEMES))
         raise SourceError(f"source must be a path or begin with one of {known}; got {source!r}")
-    scheme = SCHEMES[uri[1]]
     target, _, query = source[uri.end() :].partition("?")
     options = _parse_query(query, scheme.options, source)
     return scheme.open(unquote(target), tr_s, speed, **options)
@@ -139,6 +156,32 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _number(least: float, most: float, unit: str) -> Option:
+    def parse(text: str) -> float:
+        value = _seconds(text) if re.fullmatch(r"[0-9.]{1,12}", text) else math.nan
+        if not least <= value <= most:
+            raise ValueError(f"a number of {unit} from {least:g} to {most:g}")
+        return value
+
+    return parse
+
+
+def _echo(text: str) -> int | None:
+    return None if text == "combine" else _whole(1)(text)
+
+
+def _titles(text: str) -> tuple[str, ...]:
+    titles = tuple(part.strip() for part in text.split(","))
+    if not all(re.fullmatch(r"[\x21-\x5b\x5d-\x7e]{1,16}", title) for title in titles):
+        raise ValueError("AE titles of up to 16 characters, such as SCANNER1,SCANNER2")
+    return titles
+
+
+def _title(text: str) -> str:
+    (title,) = _titles(text.replace(",", " "))
+    return title
+
+
 def _flag(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError("0 or 1")
@@ -177,12 +220,17 @@ def _open_path(path: Path, tr_s: float | None, speed: float | None) -> Reader:
     )
 
 
-def _open_folder(target: str, tr_s: float | None, speed: float | None, **options: Any) -> Reader:
-    from rtfmri.readers.folder import LiveFolder
+def _opener(module: str, name: str) -> Callable[..., Reader]:
+    """Return an opener of a live source that imports its module when it is needed."""
 
-    if speed is not None:
-        raise ConfigError(f"speed is for replay; a live folder has its own pace, got {speed}")
-    return LiveFolder(Path(target), tr_s, **options)
+    def open_it(target: str, tr_s: float | None, speed: float | None, **options: Any) -> Reader:
+        if speed is not None:
+            raise ConfigError(f"speed is for replay; a live source has its own pace, got {speed}")
+        opener = getattr(import_module(f"rtfmri.readers.{module}"), name)
+        reader: Reader = opener(target, tr_s, **options)
+        return reader
+
+    return open_it
 
 
 def _open_simulator(
@@ -193,10 +241,36 @@ def _open_simulator(
     return replay_simulator(target, tr_s, speed, **options)
 
 
+_LIVE: dict[str, Option] = {"count": _whole(1), "timeout_s": _seconds}
+_NETWORK: dict[str, Option] = {**_LIVE, "allow": parse_allowed}
+_DICOM: dict[str, Option] = {
+    "series": _whole(0),
+    "echo": _echo,
+    "echoes": _whole(1),
+    "slices": _whole(1),
+    "t2star_ms": _number(1, 1000, "ms"),
+}
+
 SCHEMES: dict[str, Scheme] = {
-    "folder": Scheme(
-        _open_folder, {"count": _whole(1), "timeout_s": _seconds, "existing": _existing}
+    "folder": Scheme(_opener("folder", "open_live"), {**_LIVE, **_DICOM, "existing": _existing}),
+    "dicom": Scheme(
+        _opener("cstore", "open_cstore"),
+        {
+            **_NETWORK,
+            **_DICOM,
+            "ae": _title,
+            "callers": _titles,
+            "certificate": Path,
+            "key": Path,
+            "authority": Path,
+        },
     ),
+    "afni": Scheme(_opener("afni", "open_afni"), _NETWORK),
+    "mrd": Scheme(_opener("mrd", "open_mrd"), _NETWORK),
+    "murfi": Scheme(_opener("murfi", "open_murfi"), _NETWORK),
+    "pyneal": Scheme(_opener("pyneal", "open_pyneal"), _NETWORK),
+    "tcp": Scheme(_opener("plain", "open_tcp"), _NETWORK),
+    "zmq": Scheme(_opener("plain", "open_zmq"), _NETWORK),
     "simulator": Scheme(
         _open_simulator,
         {
@@ -209,3 +283,13 @@ SCHEMES: dict[str, Scheme] = {
     ),
 }
 """The URIs there are: scheme to opener and query keys."""
+
+
+def _find_scheme(name: str) -> Scheme | None:
+    """Return a scheme of ours, or of an installed package."""
+    if name in SCHEMES:
+        return SCHEMES[name]
+    for point in entry_points(group="rtfmri.readers", name=name):
+        scheme: Scheme = point.load()
+        return scheme
+    return None

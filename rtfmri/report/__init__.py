@@ -145,8 +145,11 @@ class _Report:
 
     def summary(self) -> str:
         """Return the header: what the run was."""
-        recording, rows, skipped = self.recording, self.rows, self.recording.skipped
-        n, missing = len(rows), int(rows["index"].max()) + 1 - len(rows)
+        recording, rows, journal = self.recording, self.rows, self.recording.journal
+        skipped = [note.text for note in journal if note.kind == "skipped"]
+        told = {note.kind: note.text for note in journal if note.kind in ("start", "end")}
+        reordered = sum(note.kind == "reordered" for note in journal)
+        n, missing = len(rows), int(np.ptp(rows["index"])) + 1 - len(rows)
         late = int(rows["deadline_missed"].sum())
         p50, p99 = np.percentile(rows["latency_ms"], (50, 99))
         counts = [f"{name}: {self.maps[name].n_volumes}" for name in recording.conditions]
@@ -155,7 +158,7 @@ class _Report:
         counts.append(f"left out as transition: {int(in_transition.sum())}")
         unusable = int((~rows["usable"][recording.n_start_up :]).sum())
         counts.append(f"not usable: {unusable + recording.n_start_up}")
-        reasons = Counter(reason for _, reason in skipped)
+        reasons = Counter(skipped)
         task, baseline = recording.config.paradigm, recording.config.baseline
         facts = [
             ("Grid", str(recording.grid)),
@@ -169,7 +172,10 @@ class _Report:
             ),
             ("Regions given", ", ".join(recording.roi_names) or "none"),
             ("Device", recording.device),
+            *([("Start", told["start"])] if "start" in told else []),
+            ("End", told.get("end", "not recorded: the run was cut off")),
             ("Never came", f"{missing} volumes"),
+            ("Came after a later one", f"{reordered} volumes"),
             ("Skipped", "; ".join(f"{k} x {why}" for why, k in reasons.items()) or "nothing"),
         ]
         large = [

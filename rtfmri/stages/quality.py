@@ -43,6 +43,7 @@ PROBLEMS = {
     "spike": "DVARS far above that of the volumes before",
     "slice": "a slice far brighter than in the volumes before",
     "drop-out": "a slice far darker than in the volumes before",
+    "missing": "it never came, or too late",
 }
 """What an operator may be told of a volume, and the rule behind it."""
 
@@ -235,6 +236,21 @@ class QualityStage:
             ),
             problems=tuple(word for word in PROBLEMS if word in found),
             usable=not found,
+            n_usable=self._n_usable,
+            usable_min=usable_min,
+            forecast_min=self._forecast_min(usable_min),
+        )
+
+    def missing(self) -> QualityValue:
+        """Return what is to be said of a volume that never came."""
+        usable_min = self._n_usable * self._tr_s / 60
+        return QualityValue(
+            dvars=math.nan,
+            dvars_std=math.nan,
+            global_signal=math.nan,
+            n_slice_outliers=0,
+            problems=("missing",),
+            usable=False,
             n_usable=self._n_usable,
             usable_min=usable_min,
             forecast_min=self._forecast_min(usable_min),

@@ -36,6 +36,10 @@ class RoiValue:
     z: float
     t: Mapping[str, float]
 
+    def none(self) -> "RoiValue":
+        """Return the value of this region where there is none: all nan."""
+        return RoiValue(*(math.nan,) * 4, t=dict.fromkeys(self.t, math.nan))
+
 
 @dataclass(frozen=True, slots=True)
 class RoiContrast:
