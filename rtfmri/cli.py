@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rtfmri.pipeline import Result
     from rtfmri.readers import Reader
     from rtfmri.session import Session
+    from rtfmri.simulator import Fault
 
 app = typer.Typer(
     help="Real-time fMRI on the GPU: each volume through baseline and subtraction within its TR.",
@@ -398,23 +399,56 @@ def _statistic(kind: str, value: float) -> str:
 @app.command()
 def simulate(
     source: Source,
-    to: Annotated[str, typer.Option(help="folder:DIR, with ?format=dicom (default) or nifti.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Who is sent the volumes: folder:DIR (with ?format=dicom, slices or nifti, and "
+            "&write=atomic or chunked), dicom://HOST:PORT (?ae=TITLE&caller=TITLE), or afni, mrd, "
+            "murfi, pyneal, tcp or zmq://HOST:PORT."
+        ),
+    ],
     tr: TrOption = None,
     speed: Annotated[float, typer.Option(help="Multiple of the TR's pace.")] = 1.0,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND@INDEX",
+            help="What goes wrong with a volume (INDEX from 0, or FIRST-LAST); may be repeated. "
+            "late (:SECONDS; one TR by default), doubled, swapped (with the next), missing, "
+            "truncated, wrong-series and wrong-shape (such a one comes before it), dies (before "
+            "it; comes back after :SECONDS).",
+        ),
+    ] = None,
 ) -> None:
-    """Play SOURCE as a scanner would: each volume is written when its TR has passed."""
-    from rich.progress import track
+    """Play SOURCE as a scanner would: each volume is sent when its TR has passed."""
+    from rich.progress import Progress
 
     from rtfmri.readers import open_reader
-    from rtfmri.simulator import play
+    from rtfmri.simulator import parse_faults, play
 
-    reader = open_reader(source, tr_s=tr)
-    written = play(
-        track(reader, "scanning", total=reader.n_volumes, console=err_console, transient=True),
-        to,
-        speed=speed,
-    )
-    out_console.print(f"{written} volumes written to {to}", highlight=False)
+    faults = parse_faults(fault or [])
+    sent: list[int] = []
+    played: list[Fault] = []
+    with (
+        closing(open_reader(source, tr_s=tr)) as reader,
+        Progress(console=err_console, transient=True) as progress,
+    ):
+        task = progress.add_task("scanning", total=reader.n_volumes)
+
+        def show(index: int) -> None:
+            sent.append(index)
+            progress.update(task, completed=index + 1)
+
+        try:
+            play(reader, to, speed=speed, faults=faults, on_volume=show, on_fault=played.append)
+        except KeyboardInterrupt:
+            err_console.print("stopped by the operator")
+    text = f"{len(sent)} volume{'s' * (len(sent) != 1)} sent to {to}"
+    if played:
+        text += f"; faults: {', '.join(map(str, played))}"
+    if left := [str(fault) for fault in faults if fault not in played]:
+        text += f"; not played: {', '.join(left)}"
+    out_console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

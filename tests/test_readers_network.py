@@ -1,10 +1,12 @@
 """Who may connect, where a listener listens, and when a live run is over."""
 
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 
-from memory import volumes
+from memory import TR_S, volumes
 from rtfmri.errors import SourceError
 from rtfmri.readers import RunEnd, Skipped
 from rtfmri.readers.live import LiveReader
@@ -91,6 +93,26 @@ def test_a_live_run_ends_in_silence() -> None:
     reader.put(Volume(first.data, first.grid, 0, tr_s=0.02))
     reader.put(Volume(last.data, last.grid, 2, tr_s=0.02))
     assert told(list(reader)) == [0, 2, RunEnd("no volume came for 0.04 s")]
+
+
+def test_a_volume_0_after_a_pause_begins_the_next_run() -> None:
+    reader = LiveReader()
+    (first,) = volumes(1)
+
+    def zero(arrived_s: float) -> Volume:
+        return replace(first, arrived_s=arrived_s, decoded_s=arrived_s)
+
+    now_s = time.perf_counter()
+    for arrived_s in (0, 1, 1 + 2.6 * TR_S):
+        reader.put(zero(now_s + arrived_s))
+    assert told(list(reader)) == [0, 0, RunEnd("the next run began")]
+    reader.put(RunEnd("the scanner said so"))
+    assert told(list(reader)) == [0, RunEnd("the scanner said so")]
+    reader.numbers_tell_runs = False
+    for arrived_s in (0, 2.6 * TR_S):
+        reader.put(zero(now_s + arrived_s))
+    reader.put(RunEnd("the scanner said so"))
+    assert told(list(reader)) == [0, 0, RunEnd("the scanner said so")]
 
 
 def test_a_live_reader_passes_on_what_breaks() -> None:

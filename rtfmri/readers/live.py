@@ -10,6 +10,8 @@ from rtfmri.volume import Volume
 
 DEFAULT_TIMEOUT_S = 30.0
 _STRAGGLER_TRS = 2.0
+PAUSE_TRS = 2.5
+"""Between two runs there are more TRs than this without a volume."""
 _WAITING = 64
 """Items that may wait to be taken: some tens of MB; then whoever sends has to wait, too."""
 
@@ -34,7 +36,12 @@ class Progress:
         """Count a volume; one that comes twice is one."""
         self._indices.add(volume.index)
         self._tr_s = volume.tr_s
-        self._last_s = time.monotonic()
+        self._last_s = volume.arrived_s
+
+    def begins_next(self, volume: Volume) -> bool:
+        """Tell whether *volume* is the first of the next run: it is number 0, after a pause."""
+        pause_s = volume.arrived_s - self._last_s
+        return self.begun and volume.index == 0 and pause_s > PAUSE_TRS * self._tr_s
 
     @property
     def begun(self) -> bool:
@@ -61,7 +68,7 @@ class Progress:
         """Seconds until the run is over if no volume comes; None before its first one."""
         if not self._indices:
             return None
-        return max(0.0, self._last_s + self._patience_s - time.monotonic())
+        return max(0.0, self._last_s + self._patience_s - time.perf_counter())
 
     def end(self) -> RunEnd:
         """Return why the run is over."""
@@ -85,11 +92,14 @@ class LiveReader:
     """
 
     live = True
+    numbers_tell_runs = True
+    """Whether a volume 0 after a pause begins the next run; not where the protocol says so."""
 
     def __init__(self, *, count: int | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self.n_volumes = count
         self._timeout_s = timeout_s
         self._items: Queue[Volume | Skipped | RunEnd | BaseException | None] = Queue(_WAITING)
+        self._kept: Volume | None = None
         self._closed = False
 
     def put(self, item: Volume | Skipped | RunEnd | BaseException) -> bool:
@@ -115,6 +125,10 @@ class LiveReader:
     def __iter__(self) -> Iterator[Volume | Skipped | RunEnd]:
         """Give one run's items as they come."""
         progress = Progress(self.n_volumes, self._timeout_s)
+        if self._kept:
+            progress.take(self._kept)
+            yield self._kept
+            self._kept = None
         while not self._closed:
             try:
                 item = self._items.get(timeout=progress.left_s)
@@ -127,11 +141,15 @@ class LiveReader:
                 raise item
             if isinstance(item, RunEnd) and not progress.begun:
                 continue
+            if isinstance(item, Volume):
+                if self.numbers_tell_runs and progress.begins_next(item):
+                    self._kept = item
+                    item = RunEnd("the next run began")
+                else:
+                    progress.take(item)
             yield item
             if isinstance(item, RunEnd):
                 return
-            if isinstance(item, Volume):
-                progress.take(item)
-                if progress.complete:
-                    yield progress.end()
-                    return
+            if progress.complete:
+                yield progress.end()
+                return

@@ -1,9 +1,10 @@
-"""Siemens mosaic DICOM, as the scanners write it: one volume a file, its slices tiled.
+"""DICOM as the scanners write it: Siemens mosaics, one file a volume, or GE's, one file a slice.
 
 Facts about the private headers are from nibabel's description of the CSA format (nipy.org/nibabel,
 "Siemens format DICOM with CSA header") and from what dcm2niix reads of it.
 """
 
+import hashlib
 import math
 import struct
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rtfmri.errors import GridError, VolumeError
-from rtfmri.volume import Grid, tiled
+from rtfmri.errors import ConfigError, GridError, VolumeError
+from rtfmri.volume import Grid, Volume, tiled
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -36,6 +37,7 @@ def mosaic_dataset(
     index: int,
     tr_s: float,
     series_uid: str,
+    series_number: int = 1,
     slice_times_s: Sequence[float] | None = None,
 ) -> "Dataset":
     """Return one volume as a Siemens mosaic.
@@ -51,7 +53,9 @@ def mosaic_dataset(
     tr_s : float
         Seconds between volumes.
     series_uid : str
-        Series instance UID; all other identifiers derive from it and *index*.
+        Series instance UID; all other identifiers derive from it, *index* and the shape.
+    series_number : int
+        The operator's number of the series.
     slice_times_s : sequence of float, optional
         Acquisition start of each slice after the volume's, in seconds; the middle of the TR for
         all of them by default, as in a 3-D readout.
@@ -69,28 +73,17 @@ def mosaic_dataset(
     the mosaic is larger than a slice, along rows and columns, lies between it and the first
     slice's own position.
     """
-    if volume.dtype not in (np.int16, np.uint16):
-        raise VolumeError(f"a DICOM mosaic holds int16 or uint16, got {volume.dtype}")
-    if volume.shape != grid.shape:
-        raise VolumeError(f"volume is {volume.shape} but its grid is {grid.shape}")
     n_x, n_y, n_z = grid.shape
-    size_x_mm, size_y_mm, size_z_mm = (float(size) for size in grid.voxel_size_mm)
-    to_patient = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine
     times_s = [tr_s / 2] * n_z if slice_times_s is None else slice_times_s
     if len(times_s) != n_z:
         raise VolumeError(
             f"slice_times_s must have one time for each of {n_z} slices, got {len(times_s)}"
         )
-    row, column, normal = (to_patient[:3, :3] / grid.voxel_size_mm).T
-    cosines = np.abs([row @ column, row @ normal, column @ normal])
-    if cosines.max() > _PERPENDICULAR:
-        raise GridError(
-            f"DICOM needs perpendicular axes, got cosines of {cosines.round(4).tolist()} between "
-            "them; use format=nifti or resample"
-        )
+    position, row, column, normal = _geometry(volume, grid)
+    size_x_mm, size_y_mm, _ = grid.voxel_size_mm
     n_tiles = math.ceil(math.sqrt(n_z))
     corner = (
-        to_patient[:3, 3]
+        position
         - row * size_x_mm * n_x * (n_tiles - 1) / 2
         - column * size_y_mm * n_y * (n_tiles - 1) / 2
     )
@@ -104,19 +97,29 @@ def mosaic_dataset(
         "ProtocolSliceNumber": ("IS", [0]),
         "TimeAfterStart": ("DS", [index * tr_s]),
     }
-    return _dataset(
+    d = _dataset(
         pixels=tiled(volume),
+        grid=grid,
         index=index,
+        instance=index + 1,
         tr_s=tr_s,
         series_uid=series_uid,
+        series_number=series_number,
         position=corner,
         orientation=np.concatenate([row, column]),
-        spacing=(size_y_mm, size_x_mm),
-        thickness=size_z_mm,
-        matrix=(n_x, n_y),
-        csa=(_csa(image_csa), _csa({"Isocentered": ("IS", [])})),
         acquisition="3D" if slice_times_s is None else "2D",
     )
+    d.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
+    d.Manufacturer = "SIEMENS"
+    d.AcquisitionNumber = index + 1
+    block = d.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
+    block.add_new(0x08, "CS", "IMAGE NUM 4")
+    block.add_new(0x09, "LO", _DATE)
+    block.add_new(0x10, "OB", _csa(image_csa))
+    block.add_new(0x18, "CS", "MR")
+    block.add_new(0x19, "LO", _DATE)
+    block.add_new(0x20, "OB", _csa({"Isocentered": ("IS", [])}))
+    return d
 
 
 def write_mosaic(
@@ -141,32 +144,144 @@ def write_mosaic(
     dataset.save_as(Path(path), enforce_file_format=True)
 
 
-def _dataset(
+def slice_datasets(
+    volume: NDArray[Any],
+    grid: Grid,
     *,
-    pixels: NDArray[Any],
     index: int,
     tr_s: float,
     series_uid: str,
+    series_number: int = 1,
+) -> "list[Dataset]":
+    """Return one volume as GE writes it: an image a slice, numbered on through the run.
+
+    Parameters and errors are those of `mosaic_dataset`. Slices have no times.
+
+    Notes
+    -----
+    Where a slice belongs is said by standard tags, and by GE's own number of slices (0021,xx4F).
+    """
+    position, row, column, normal = _geometry(volume, grid)
+    n_slices = grid.shape[2]
+    datasets = []
+    for k in range(n_slices):
+        corner = position + k * grid.voxel_size_mm[2] * normal
+        d = _dataset(
+            pixels=volume[:, :, k].T,
+            grid=grid,
+            index=index,
+            instance=index * n_slices + k + 1,
+            tr_s=tr_s,
+            series_uid=series_uid,
+            series_number=series_number,
+            position=corner,
+            orientation=np.concatenate([row, column]),
+            acquisition="2D",
+        )
+        d.ImageType = ["ORIGINAL", "PRIMARY", "EPI", "NONE"]
+        d.Manufacturer = "GE MEDICAL SYSTEMS"
+        d.AcquisitionNumber = 1
+        d.ImagesInAcquisition = n_slices
+        d.TemporalPositionIdentifier = index + 1
+        d.StackID = "1"
+        d.InStackPositionNumber = k + 1
+        d.SliceLocation = _decimal(float(corner @ normal))
+        block = d.private_block(0x0021, "GEMS_RELA_01", create=True)
+        block.add_new(0x4F, "SS", n_slices)
+        datasets.append(d)
+    return datasets
+
+
+class Series:
+    """The images of one run, and of the other series that strangers are of."""
+
+    def __init__(self) -> None:
+        self._uid = ""
+
+    def mosaic(self, volume: Volume, stranger: bool) -> "Dataset":
+        """Return a volume as a Siemens mosaic.
+
+        Raises
+        ------
+        ConfigError
+            If it is float32.
+        """
+        return mosaic_dataset(
+            volume.data,
+            volume.grid,
+            **self._place(volume, stranger),
+            slice_times_s=volume.slice_times_s,
+        )
+
+    def slices(self, volume: Volume, stranger: bool) -> "list[Dataset]":
+        """Return a volume as GE's slices; raises as `mosaic` does."""
+        return slice_datasets(volume.data, volume.grid, **self._place(volume, stranger))
+
+    def _place(self, volume: Volume, stranger: bool) -> dict[str, Any]:
+        from pydicom.uid import generate_uid
+
+        if volume.data.dtype == np.float32:
+            raise ConfigError(
+                "a DICOM image holds int16 or uint16 and these volumes are float32; "
+                "use folder:DIR?format=nifti"
+            )
+        self._uid = self._uid or _series_uid(volume)
+        return {
+            "index": volume.index,
+            "tr_s": volume.tr_s,
+            "series_uid": generate_uid(entropy_srcs=[self._uid]) if stranger else self._uid,
+            "series_number": 2 if stranger else 1,
+        }
+
+
+def _series_uid(first: Volume) -> str:
+    """Return a UID that depends on the run alone: its first volume, grid and TR."""
+    from pydicom.uid import generate_uid
+
+    voxels = hashlib.sha256(first.flat.tobytes()).hexdigest()
+    where, pace = str(first.grid.affine.tolist()), str(first.tr_s)
+    return str(generate_uid(entropy_srcs=[voxels, where, pace]))
+
+
+def _geometry(volume: NDArray[Any], grid: Grid) -> tuple[NDArray[np.float64], ...]:
+    """Return the first voxel's place and the axes' directions, for the patient's LPS+."""
+    if volume.dtype not in (np.int16, np.uint16):
+        raise VolumeError(f"a DICOM image holds int16 or uint16, got {volume.dtype}")
+    if volume.shape != grid.shape:
+        raise VolumeError(f"volume is {volume.shape} but its grid is {grid.shape}")
+    to_patient = np.diag([-1.0, -1.0, 1.0, 1.0]) @ grid.affine
+    row, column, normal = (to_patient[:3, :3] / grid.voxel_size_mm).T
+    cosines = np.abs([row @ column, row @ normal, column @ normal])
+    if cosines.max() > _PERPENDICULAR:
+        raise GridError(
+            f"DICOM needs perpendicular axes, got cosines of {cosines.round(4).tolist()} between "
+            "them; use format=nifti or resample"
+        )
+    return to_patient[:3, 3], row, column, normal
+
+
+def _dataset(
+    *,
+    pixels: NDArray[Any],
+    grid: Grid,
+    index: int,
+    instance: int,
+    tr_s: float,
+    series_uid: str,
+    series_number: int,
     position: NDArray[np.float64],
     orientation: NDArray[np.float64],
-    spacing: tuple[float, float],
-    thickness: float,
-    matrix: tuple[int, int],
-    csa: tuple[bytes, bytes],
     acquisition: str,
 ) -> "Dataset":
+    """Return what the images of all makers have."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
-    from pydicom.valuerep import format_number_as_ds
 
-    def decimal(value: float) -> str:
-        return format_number_as_ds(float(value))
-
+    size_x_mm, size_y_mm, size_z_mm = grid.voxel_size_mm
     d = Dataset()
     d.SpecificCharacterSet = "ISO_IR 100"
-    d.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
     d.SOPClassUID = MRImageStorage
-    d.SOPInstanceUID = generate_uid(entropy_srcs=[series_uid, str(index)])
+    d.SOPInstanceUID = generate_uid(entropy_srcs=[series_uid, str(instance), str(grid.shape)])
     d.StudyInstanceUID = generate_uid(entropy_srcs=[series_uid, "study"])
     d.SeriesInstanceUID = series_uid
     d.FrameOfReferenceUID = generate_uid(entropy_srcs=[series_uid, "frame of reference"])
@@ -175,7 +290,6 @@ def _dataset(
     d.AcquisitionTime = _time_of_day(START_S + index * tr_s)
     d.ContentTime = _time_of_day(START_S + (index + 1) * tr_s)
     d.Modality = "MR"
-    d.Manufacturer = "SIEMENS"
     d.ManufacturerModelName = "rtfmri simulator"
     d.SeriesDescription = "simulated"
     d.ProtocolName = "simulated"
@@ -184,8 +298,8 @@ def _dataset(
     d.PatientIdentityRemoved = "YES"
     d.DeidentificationMethod = "no person: simulated"
     d.StudyID = "1"
-    d.SeriesNumber = 1
-    d.AcquisitionNumber = d.InstanceNumber = index + 1
+    d.SeriesNumber = series_number
+    d.InstanceNumber = instance
 
     d.ScanningSequence = "EP"
     d.SequenceVariant = "SK"
@@ -196,14 +310,14 @@ def _dataset(
     d.MagneticFieldStrength = "3"
     d.FlipAngle = "75"
     d.EchoTrainLength = 1
-    d.RepetitionTime = decimal(1000 * tr_s)
-    d.EchoTime = decimal(ECHO_TIME_MS)
-    d.SliceThickness = d.SpacingBetweenSlices = decimal(thickness)
+    d.RepetitionTime = _decimal(1000 * tr_s)
+    d.EchoTime = _decimal(ECHO_TIME_MS)
+    d.SliceThickness = d.SpacingBetweenSlices = _decimal(size_z_mm)
     d.InPlanePhaseEncodingDirection = "COL"
-    d.AcquisitionMatrix = [matrix[0], 0, 0, matrix[1]]
-    d.ImagePositionPatient = [decimal(v) for v in position]
-    d.ImageOrientationPatient = [decimal(v) for v in orientation]
-    d.PixelSpacing = [decimal(v) for v in spacing]
+    d.AcquisitionMatrix = [grid.shape[0], 0, 0, grid.shape[1]]
+    d.ImagePositionPatient = [_decimal(v) for v in position]
+    d.ImageOrientationPatient = [_decimal(v) for v in orientation]
+    d.PixelSpacing = [_decimal(size_y_mm), _decimal(size_x_mm)]
 
     d.SamplesPerPixel = 1
     d.PhotometricInterpretation = "MONOCHROME2"
@@ -213,19 +327,17 @@ def _dataset(
     d.PixelRepresentation = int(pixels.dtype.kind == "i")
     d.PixelData = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<")).tobytes()
 
-    block = d.private_block(0x0029, "SIEMENS CSA HEADER", create=True)
-    block.add_new(0x08, "CS", "IMAGE NUM 4")
-    block.add_new(0x09, "LO", _DATE)
-    block.add_new(0x10, "OB", csa[0])
-    block.add_new(0x18, "CS", "MR")
-    block.add_new(0x19, "LO", _DATE)
-    block.add_new(0x20, "OB", csa[1])
-
     d.file_meta = FileMetaDataset()
     d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     d.file_meta.MediaStorageSOPClassUID = MRImageStorage
     d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID
     return d
+
+
+def _decimal(value: float) -> str:
+    from pydicom.valuerep import format_number_as_ds
+
+    return format_number_as_ds(float(value))
 
 
 def _time_of_day(seconds: float) -> str:
