@@ -10,7 +10,7 @@ A source is a path, which is played back as it lies there, or a URI::
     afni://:7961                                AFNI's real-time protocol
     mrd://:9002                                 an MRD (ISMRMRD) stream
     murfi://:15000                              Siemens' vSend, as murfi reads it
-    pyneal://:5556                              Pyneal's ZeroMQ protocol
+    pyneal://:5555                              Pyneal's ZeroMQ protocol
     tcp://:5678, zmq://:5679                    our own, for those who write a sender themselves
     simulator:finger-tapping?volumes=150        a scanner that is not there
 

@@ -6,7 +6,7 @@ A target is named like the reader at its other end::
                                                 (GE, a file a slice) or nifti; atomic (the default:
                                                 no part of one is ever seen) or chunked
     dicom://127.0.0.1:11112?ae=RTFMRI           a DICOM node (C-STORE); caller=SIMULATOR is us
-    afni://:7961, mrd://:9002, murfi://:15000, pyneal://:5556, tcp://:5678, zmq://:5679
+    afni://:7961, mrd://:9002, murfi://:15000, pyneal://:5555, tcp://:5678, zmq://:5679
 """
 
 import re

@@ -1,0 +1,167 @@
+"""What the ZeroMQ transports share: one thread, one socket, and a doorkeeper.
+
+ZeroMQ connects, reconnects and frames by itself. Who may connect is asked at the door (ZAP, ZeroMQ
+RFC 27); a message's length is limited before it is read. It gathers a message before anybody sees
+it, so a volume that is cut off on the way never comes.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from rtfmri.errors import SourceError
+from rtfmri.readers.live import DEFAULT_TIMEOUT_S
+from rtfmri.readers.network import Address, Allowed
+from rtfmri.readers.stream import (
+    INTRODUCTION_S,
+    MAX_HEADER_BYTES,
+    MAX_VOXELS,
+    Item,
+    NotOurs,
+    RunReader,
+)
+
+_log = logging.getLogger(__name__)
+
+_LOOK_MS = 100
+_MAX_MESSAGE_BYTES = MAX_VOXELS * 8 + MAX_HEADER_BYTES
+_MESSAGES_AHEAD = 4
+
+
+def import_zmq() -> ModuleType:
+    """Return pyzmq.
+
+    Raises
+    ------
+    SourceError
+        If it is not installed, saying how to.
+    """
+    try:
+        import zmq
+    except ImportError:
+        raise SourceError("ZeroMQ is not installed: pip install 'rtfmri[zmq]'") from None
+    return zmq
+
+
+class ZmqReader(RunReader):
+    """Takes ZeroMQ messages; subclasses say in `_read` what one means.
+
+    Parameters
+    ----------
+    address : Address
+        Where to listen.
+    kind : str
+        Of the socket: "PULL" or "PAIR".
+    tr_s, count, timeout_s
+        As for `RunReader`.
+    allow : Allowed, optional
+        Who may connect; this machine by default.
+
+    Attributes
+    ----------
+    address : Address
+        With the port that the operating system chose, if any could be.
+
+    Raises
+    ------
+    SourceError
+        If pyzmq is not installed, or one cannot listen there.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        kind: str,
+        tr_s: float | None,
+        *,
+        count: int | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        allow: Allowed | None = None,
+    ) -> None:
+        self._zmq = import_zmq()
+        super().__init__(tr_s, count=count, timeout_s=timeout_s)
+        self._allow = allow or Allowed()
+        self._context = self._zmq.Context()
+        self._door = self._context.socket(self._zmq.REP)
+        self._door.bind("inproc://zeromq.zap.01")
+        self.address = address
+        self._kind = kind
+        try:
+            self._socket = self._bind()
+        except SourceError:
+            self._context.destroy(linger=0)
+            raise
+        _log.info("listening on %s:%d", address.host, self.address.port)
+        self._thread = threading.Thread(target=self._work, name="rtfmri-zmq", daemon=True)
+        self._thread.start()
+
+    def _read(self, frames: list[Any]) -> Iterator[Item]:
+        """Yield what a message brings.
+
+        Raises
+        ------
+        NotOurs, SourceError
+        """
+        raise NotImplementedError
+
+    def _look_after(self) -> None:
+        """Do what is to be done every now and then."""
+
+    def close(self) -> None:
+        """Stop listening, and end the iteration."""
+        self._closed = True
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=2)
+        super().close()
+
+    def _bind(self) -> Any:
+        zmq, host = self._zmq, self.address.host
+        bound = self._context.socket(getattr(zmq, self._kind))
+        bound.setsockopt(zmq.ZAP_DOMAIN, b"rtfmri")  # without one, nobody asks at the door
+        bound.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+        bound.setsockopt(zmq.RCVHWM, _MESSAGES_AHEAD)
+        bound.setsockopt(zmq.LINGER, 0)
+        bound.setsockopt(zmq.HANDSHAKE_IVL, int(INTRODUCTION_S * 1000))
+        bound.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        bound.setsockopt(zmq.IPV6, ":" in host)
+        name = f"[{host}]" if ":" in host else host.replace("localhost", "127.0.0.1")
+        try:
+            bound.bind(f"tcp://{name}:{self.address.port or '*'}")
+        except zmq.ZMQError as error:
+            bound.close()
+            raise SourceError(
+                f"cannot listen on {host}:{self.address.port}: {error.strerror}"
+            ) from error
+        port = int(bound.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
+        self.address = Address(host, port)
+        return bound
+
+    def _work(self) -> None:
+        zmq = self._zmq
+        while not self._closed:
+            poller = zmq.Poller()
+            poller.register(self._door, zmq.POLLIN)
+            poller.register(self._socket, zmq.POLLIN)
+            ready = dict(poller.poll(_LOOK_MS))
+            if self._door in ready:
+                self._answer_the_door()
+            if self._socket in ready:
+                try:
+                    for item in self._read(self._socket.recv_multipart(copy=False)):
+                        self.put(item)
+                except NotOurs:
+                    self._tell_of_stranger()
+                except SourceError as error:
+                    self.put(error)
+            self._look_after()
+        self._context.destroy(linger=0)
+
+    def _answer_the_door(self) -> None:
+        version, request, _domain, address, *_ = self._door.recv_multipart()
+        allowed = self._allow.admits(address.decode("ascii", "replace"))
+        if not allowed:
+            _log.warning("refused a connection from an address that allow does not name")
+        status = (b"200", b"OK") if allowed else (b"400", b"not allowed")
+        self._door.send_multipart([version, request, *status, b"", b""])
