@@ -16,7 +16,7 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Device
 from rtfmri.errors import ConfigError
 
-from . import baseline, chain, glm, kernels, latency, motion
+from . import baseline, chain, glm, kernels, latency, motion, transports
 from .measure import open_clock
 from .tables import rich_tables
 
@@ -33,6 +33,7 @@ SUITES = {
     "glm": "a step of the GLM against an incremental GLM in NumPy and a refit by nilearn; AR(1)",
     "chain": "a volume's whole way, from a mosaic's pixels to the ROIs' values, step by step",
     "latency": "arrival to result in a paced session, with and without recording",
+    "transports": "from a scanner's side to a decoded volume: folder, C-STORE, and each stream",
 }
 _RUNNERS = {
     "kernels": kernels.run,
@@ -41,6 +42,7 @@ _RUNNERS = {
     "glm": glm.run,
     "chain": chain.run,
     "latency": latency.run,
+    "transports": transports.run,
 }
 
 

@@ -180,6 +180,29 @@ LAYOUTS = {
             ("first volume", _number(1, "first_ms")),
         ),
     ),
+    "transports": Layout(
+        "From the scanner's side, in another process, to a decoded volume",
+        (
+            ("transport", _text("transport")),
+            ("grid", _text("grid")),
+            ("KB", _number(0, "kb")),
+            ("n", _number(0, "n")),
+            ("lost", _number(0, "lost")),
+            ("from first byte, p50 ms", _number(2, "first_byte", "p50_ms")),
+            ("p95", _number(2, "first_byte", "p95_ms")),
+            ("from last byte, p50 ms", _number(2, "last_byte", "p50_ms")),
+            ("p95", _number(2, "last_byte", "p95_ms")),
+        ),
+    ),
+    "decode": Layout(
+        "Decoding a Siemens mosaic, against reading the file and cutting it up alone",
+        (
+            ("grid", _text("grid")),
+            ("read + cut ms", _number(3, "bare_ms")),
+            ("decode ms", _number(3, "median_ms")),
+            ("times", _number(2, "times")),
+        ),
+    ),
 }
 
 

@@ -176,6 +176,7 @@ class CstoreReader(LiveReader):
         self._n_objects = 0
         self._peers: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
+        self._answering = threading.Lock()
         self._ready = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="rtfmri-dicom", daemon=True)
@@ -202,7 +203,7 @@ class CstoreReader(LiveReader):
         """End the iteration and the listener, with whatever it is receiving."""
         super().close()
         self._stopped.set()
-        with self._lock:
+        with self._lock, self._answering:
             if self._listener:
                 self._listener.hang_up()
         self._thread.join()
@@ -243,7 +244,8 @@ class CstoreReader(LiveReader):
             if message.kind == OBJECT:
                 self._n_objects += 1
                 item = _Object(f"object {self._n_objects}", message.data, message.arrived_s)
-                listener.answer(self._offer(item))
+                with self._answering:  # who has sent the last volume is told so, too
+                    listener.answer(self._offer(item))
             elif message.kind == CUT:
                 self.put(Skipped("an object", "is cut short"))
             elif message.kind == READY:

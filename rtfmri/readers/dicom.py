@@ -1,40 +1,31 @@
-"""DICOM files to volumes: Siemens mosaic and enhanced multiframe, one file a volume.
+"""DICOM files to volumes: one file alone, or the files of a run as they arrive."""
 
-Only technical tags are looked at. Nothing of a header leaves this module but numbers and a digest
-of the series' UID; errors name a kind of trouble, never a value.
-"""
-
-import hashlib
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections import deque
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import NamedTuple
 
-import numpy as np
-import pydicom
-from numpy.typing import NDArray
-from pydicom.config import disable_value_validation
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels.utils import pixel_array
-from pydicom.valuerep import DT, TM
-
-from rtfmri.errors import GridError, RtfmriError, VolumeError
+from rtfmri.errors import RtfmriError, SourceError, VolumeError
+from rtfmri.readers import RunEnd, Skipped
+from rtfmri.readers.assembly import T2STAR_MS, Complete, Piece, Run
+from rtfmri.readers.pieces import Decoder, Unwanted
 from rtfmri.readers.replay import checked_tr
-from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels, untiled
+from rtfmri.volume import Volume
 
-with warnings.catch_warnings():
-    # nibabel says this at every import; the tests compare its geometry with dcm2niix.
-    warnings.filterwarnings("ignore", "The DICOM readers are highly experimental", UserWarning)
-    from nibabel.nicom.csareader import get_csa_header, is_mosaic
-    from nibabel.nicom.dicomwrappers import MosaicWrapper
+OTHER_SERIES = "belongs to another series"
+DERIVED = "is a derived image; give series=N to read it"
 
-ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
-"""SOP class UID of Enhanced MR Image Storage (DICOM PS3.4, table B.5-1)."""
+_SILENCES = 2.5
+"""The next run may begin when this one's volumes have failed to come for so many intervals."""
+_LEAST_SILENCE_S = 0.25
+"""What is sent in bulk, long after its acquisition, has no pauses that tell of anything."""
+_MOST_CANDIDATES = 8
 
-_ORDER_TAGS = ["SeriesInstanceUID", "AcquisitionNumber", "InstanceNumber"]
+Item = Volume | Skipped | RunEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +38,6 @@ class Place:
     """Position of its volume in the run, from 0."""
 
 
-class _Image(NamedTuple):
-    slices: NDArray[Any]
-    """(z, y, x)."""
-    affine: NDArray[np.float64]
-    """From (x, y, z) to LPS mm."""
-    times_s: list[float]
-    """Acquisition start of each slice after the volume's; empty if not known."""
-
-
 class Decoded(NamedTuple):
     """A volume and the series it belongs to, as in `Place`."""
 
@@ -63,21 +45,24 @@ class Decoded(NamedTuple):
     series: str
 
 
-def locate(path: Path) -> Place:
-    """Read no more of a DICOM file than tells where it belongs.
+_decoder = Decoder()
+
+
+def locate(path: Path, decoder: Decoder = _decoder) -> Place:
+    """Read no more of a DICOM file than tells where its first volume belongs.
 
     Raises
     ------
     VolumeError
-        If it is not DICOM, or has no number.
+        If it is not DICOM, holds no magnitude image, or has no number.
     """
-    with _plain_errors():
-        return _place(
-            pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_ORDER_TAGS))
-        )
+    piece = decoder.read(path, voxels=False)[0]
+    return Place(piece.series, _index(piece))
 
 
-def decode(source: bytes | Path, *, tr_s: float | None = None) -> Decoded:
+def decode(
+    source: bytes | Path, *, tr_s: float | None = None, decoder: Decoder = _decoder
+) -> Decoded:
     """Decode one DICOM file that holds one volume.
 
     Parameters
@@ -86,6 +71,8 @@ def decode(source: bytes | Path, *, tr_s: float | None = None) -> Decoded:
         The whole file.
     tr_s : float, optional
         Repetition time in seconds; the header's by default.
+    decoder : Decoder
+        Digests of series compare between files that the same decoder has read.
 
     Returns
     -------
@@ -96,182 +83,232 @@ def decode(source: bytes | Path, *, tr_s: float | None = None) -> Decoded:
     Raises
     ------
     VolumeError
-        If it is not DICOM, is cut short, holds no image, one slice, or more than one volume, or
-        is compressed in a way that no installed decoder knows.
+        If it is not DICOM, is cut short, holds no magnitude image, one slice of many, or more than
+        one volume, or is compressed in a way that no installed decoder knows.
     SourceError
-        If it has no repetition time and none is given.
+        If it has no usable repetition time and none is given.
 
     Notes
     -----
-    The index is AcquisitionNumber - 1, or InstanceNumber - 1 where that is missing. Patient
-    coordinates are LPS+ (DICOM PS3.3, C.7.6.2.1.1); their first two are negated here.
+    The index is AcquisitionNumber - 1, or InstanceNumber - 1 where that is missing.
     """
-    with _plain_errors():
-        data = source if isinstance(source, bytes) else source.read_bytes()
-        dataset = pydicom.dcmread(BytesIO(data))
-        if not dataset.get("PixelData"):
-            raise VolumeError("holds no image, or is cut short")
-        split = _split_frames if dataset.get("SOPClassUID") == ENHANCED_MR else _split_mosaic
-        slices, affine_lps, times_s = split(dataset)
-        place = _place(dataset)
-        volume = Volume(
-            data=as_voxels(slices.T),
-            grid=Grid(slices.T.shape, np.diag([-1.0, -1, 1, 1]) @ affine_lps),
-            index=place.index,
-            tr_s=tr_s or checked_tr(_repetition_time_s(dataset), "the series"),
-            acquired_s=_acquired_s(dataset),
-            slice_times_s=as_slice_times(times_s, len(slices)),
-        )
-    return Decoded(volume, place.series)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turn whatever a parser makes of a stranger's bytes into a VolumeError without their text."""
-    try:
-        with disable_value_validation():
-            yield
-    except GridError as error:
-        raise VolumeError(f"has no usable geometry: {error}") from None
-    except RtfmriError:
-        raise
-    except InvalidDicomError:
-        raise VolumeError("is not DICOM") from None
-    except OSError as error:
-        raise VolumeError(f"cannot be read: {error.strerror or 'it ends too early'}") from None
-    except Exception as error:
-        # Messages of pydicom and nibabel quote header values, so only the kind is told.
-        raise VolumeError(f"cannot be decoded ({type(error).__name__})") from None
-
-
-def _split_mosaic(dataset: pydicom.Dataset) -> _Image:
-    """Return the slices of a Siemens mosaic.
-
-    The first slice's place and the direction of the slices come from nibabel, which corrects
-    the mosaic's position and reads the slices' normal from Siemens' private header. So do the
-    slices' times, in ms; older scanners have none, or zeros.
-    """
-    csa = get_csa_header(dataset)
-    if csa is None or not is_mosaic(csa):
-        raise VolumeError(
-            "holds one slice; whole volumes are needed (Siemens mosaic, or enhanced multiframe)"
-        )
-    wrapper = MosaicWrapper(dataset, csa)
-    n_rows, n_columns, n_slices = wrapper.image_shape
-    slices = untiled(_pixels(dataset), (n_columns, n_rows, n_slices)).T
-    slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
-    times_ms = csa["tags"].get("MosaicRefAcqTimes", {}).get("items", [])
-    return _Image(
-        _rescaled(slices, [[slope, intercept]]),
-        wrapper.affine[:, [1, 0, 2, 3]],
-        [float(time_ms) / 1000 for time_ms in times_ms],
-    )
-
-
-def _split_frames(dataset: pydicom.Dataset) -> _Image:
-    """Return the slices of an enhanced image.
-
-    Slices are sorted along the normal of their plane, row direction x column direction, and are
-    taken to be evenly spaced (DICOM PS3.3, C.7.6.16.2.3 and C.7.6.16.2.4).
-    """
-    frames = dataset.PerFrameFunctionalGroupsSequence
-    directions = np.array(
-        _macro(dataset, frames[0], "PlaneOrientationSequence").ImageOrientationPatient, np.float64
-    ).reshape(2, 3)
-    spacing_mm = _macro(dataset, frames[0], "PixelMeasuresSequence").PixelSpacing
-    corners = np.array(
-        [_macro(dataset, frame, "PlanePositionSequence").ImagePositionPatient for frame in frames],
-        np.float64,
-    )
-    heights_mm = corners @ np.cross(*directions)
-    order = np.argsort(heights_mm)
-    if len(frames) < 2:
-        raise VolumeError("holds one slice; whole volumes are needed")
-    if np.diff(heights_mm[order]).min() < 1e-3:
+    pieces = decoder.read(source)
+    piece = pieces[0]
+    if len(pieces) > 1:
         raise VolumeError("holds more than one volume; one file a volume is needed")
-    pixels = _pixels(dataset)
-    if len(pixels) != len(frames):
-        raise VolumeError(f"says {len(frames)} slices but holds {len(pixels)}")
-    affine = np.eye(4)
-    affine[:3, 0] = directions[0] * float(spacing_mm[1])
-    affine[:3, 1] = directions[1] * float(spacing_mm[0])
-    affine[:3, 2] = (corners[order[-1]] - corners[order[0]]) / (len(frames) - 1)
-    affine[:3, 3] = corners[order[0]]
-    scales = [
-        [macro.get("RescaleSlope", 1), macro.get("RescaleIntercept", 0)]
-        for frame in (frames[i] for i in order)
-        if (macro := _macro(dataset, frame, "PixelValueTransformationSequence"))
-    ]
-    times_s = _frame_times_s([frames[i] for i in order])
-    return _Image(_rescaled(pixels[order], scales), affine, times_s)
+    if piece.shape[0] != piece.n_slices:
+        raise VolumeError("holds one slice; a whole volume is needed")
+    tr_s = tr_s or checked_tr(piece.tr_s, "the series")
+    complete = Complete(_index(piece), ((piece,),), tr_s, time.perf_counter(), T2STAR_MS, "")
+    return Decoded(complete.volume(), piece.series)
 
 
-def _frame_times_s(frames: list[pydicom.Dataset]) -> list[float]:
-    """Return when each frame was taken after the first one (DICOM PS3.3, C.7.6.16.2.2)."""
-    contents = [(frame.get("FrameContentSequence") or [pydicom.Dataset()])[0] for frame in frames]
-    with suppress(ValueError, TypeError):  # a frame without a time, or without a usable one
-        clocks = [DT(content.get("FrameAcquisitionDateTime")) for content in contents]
-        first = min(clocks)
-        return [(clock - first).total_seconds() for clock in clocks]
-    return []
+def _index(piece: Piece) -> int:
+    index = piece.instance if piece.index is None else piece.index
+    if index is None:
+        raise VolumeError("has no AcquisitionNumber and no InstanceNumber")
+    return index
 
 
-def _macro(dataset: pydicom.Dataset, frame: pydicom.Dataset, name: str) -> pydicom.Dataset:
-    """Return a functional group of a frame, its own or the one all frames share."""
-    shared = dataset.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
-    groups = frame.get(name) or shared[0].get(name) or [pydicom.Dataset()]
-    macro: pydicom.Dataset = groups[0]
-    return macro
+class Assembly:
+    """DICOM files, in whatever order they come, to the volumes of one series at a time.
 
+    The first series that completes a volume is read, unless its images are derived from others;
+    as long as it has no second volume, another series that has one may take its place. When it
+    has fallen silent and another original one of the same shape begins, that is the next run.
+    Series that come along with it, such as a scanner's own motion-corrected twin, are not.
 
-def _pixels(dataset: pydicom.Dataset) -> NDArray[Any]:
-    try:
-        return pixel_array(dataset, raw=True)
-    except ValueError:
-        raise VolumeError("is cut short, or its image does not fit its header") from None
-    except RuntimeError:
-        syntax = dataset.file_meta.TransferSyntaxUID
-        if not syntax.is_compressed:
+    Parameters
+    ----------
+    tr_s : float, optional
+        Repetition time in seconds; the headers' by default.
+    series : int, optional
+        SeriesNumber of the series to read; there is no next run then.
+    echo, echoes, slices, t2star_ms
+        As for `Run`.
+    """
+
+    def __init__(
+        self,
+        tr_s: float | None = None,
+        *,
+        series: int | None = None,
+        echo: int | None = None,
+        echoes: int | None = None,
+        slices: int | None = None,
+        t2star_ms: float = T2STAR_MS,
+    ) -> None:
+        self._number = series
+        self._new_run = partial(
+            Run, tr_s, echo=echo, echoes=echoes, slices=slices, t2star_ms=t2star_ms
+        )
+        self._decoder = Decoder()
+        self._ours: _Series | None = None
+        self._next: _Series | None = None
+        self._candidates: dict[str, _Series] = {}
+        self._past: set[str] = set()
+
+    def add(self, data: bytes, name: str, arrived_s: float) -> list[Item]:
+        """Take one file's content; return what it completes.
+
+        Parameters
+        ----------
+        data : bytes
+            The whole file.
+        name : str
+            What a `Skipped` is to call it.
+        arrived_s : float
+            `time.perf_counter` when its last byte was here.
+
+        Returns
+        -------
+        items : list of Volume, Skipped or RunEnd
+            A `RunEnd` if it belongs to the next run; it is kept for `next_run`.
+
+        Raises
+        ------
+        VolumeError
+            If it cannot be decoded (as yet: a file that is being written may be given again).
+        SourceError
+            If the series has no usable repetition time and none is given, or no echo of that
+            number.
+        """
+        try:
+            pieces = self._decoder.read(data)
+        except Unwanted as error:
+            return [Skipped(name, str(error))]
+        return self.take(pieces, name, arrived_s)
+
+    def take(self, pieces: list[Piece], name: str, arrived_s: float) -> list[Item]:
+        """Take what a file holds, all of one series; as `add` otherwise."""
+        head = pieces[0]
+        for series in (self._ours, self._next):
+            if series and series.name == head.series:
+                return self._given(series, series.feed(pieces, name, arrived_s))
+        if self._number is not None:
+            if self._ours or head.series_number != self._number or head.series in self._past:
+                return [Skipped(name, OTHER_SERIES)]
+            self._ours = _Series(head.series, self._new_run())
+            return list(self._ours.feed(pieces, name, arrived_s))
+        if head.series in self._past or self._next:
+            self._past.add(head.series)
+            return [Skipped(name, OTHER_SERIES)]
+        if head.derived:
+            return [Skipped(name, OTHER_SERIES if self._ours else DERIVED)]
+        if self._ours:
+            return self._take_other(self._ours, pieces, name, arrived_s)
+        return self._take_first(pieces, name, arrived_s)
+
+    def next_run(self) -> list[Volume | Skipped]:
+        """Begin anew with the run that has begun, or will; return what is there of it.
+
+        What was incomplete of the last one comes first.
+        """
+        items: list[Volume | Skipped] = [*self.end()]
+        if self._ours:
+            self._past.add(self._ours.name)
+        self._ours, self._next = self._next, None
+        if self._ours:
+            items += self._ours.items
+        return items
+
+    def end(self) -> list[Skipped]:
+        """Forget what is incomplete, and return it."""
+        if self._ours:
+            return [*self._ours.run.end(), *self._drop(list(self._candidates))]
+        return [item for series in self._candidates.values() for item in series.run.end()]
+
+    def _given(self, series: "_Series", items: list[Volume | Skipped]) -> list[Item]:
+        """Return what our series gave; what the next one gave waits for its turn."""
+        if series is self._next:
+            series.items += items
+            return []
+        return [*items, *(self._drop(list(self._candidates)) if series.n_volumes > 1 else [])]
+
+    def _take_first(self, pieces: list[Piece], name: str, arrived_s: float) -> list[Item]:
+        """Take a piece while it is open which series to read."""
+        series = self._candidate(pieces[0].series)
+        try:
+            items = series.feed(pieces, name, arrived_s)
+        except SourceError as error:
+            # A localiser may have a repetition time that no run has, but it has no second volume.
+            if pieces[0].tr_s and series.run.newest_index < 1:
+                return [Skipped(name, str(error))]
             raise
-        raise VolumeError(f"no installed decoder knows its compression, {syntax.name}") from None
+        if series.n_volumes:
+            self._ours = self._candidates.pop(series.name)
+            return self._given(series, items)
+        series.names += [] if items else [name]
+        return [*items, *self._drop(list(self._candidates)[:-_MOST_CANDIDATES])]
+
+    def _take_other(
+        self, ours: "_Series", pieces: list[Piece], name: str, arrived_s: float
+    ) -> list[Item]:
+        """Take an original image of another series than ours: of the next run, or of no use."""
+        head = pieces[0]
+        is_silent = ours.has_been_silent(arrived_s)
+        begins = ours.run.looks_like(head) and self._new_run().index_of(head) in (0, None)
+        if ours.n_volumes > 1 and not (is_silent and begins):
+            if not is_silent:
+                self._past.add(head.series)
+            return [Skipped(name, OTHER_SERIES)]
+        series = self._candidate(head.series)
+        series.items += series.feed(pieces, name, arrived_s)
+        series.names.append(name)
+        if is_silent and (begins or series.run.newest_index > 0):
+            self._next = self._candidates.pop(head.series)
+            return [RunEnd("the next run began"), *self._drop(list(self._candidates))]
+        return list(self._drop(list(self._candidates)[:-_MOST_CANDIDATES]))
+
+    def _candidate(self, name: str) -> "_Series":
+        return self._candidates.setdefault(name, _Series(name, self._new_run()))
+
+    def _drop(self, names: list[str]) -> list[Skipped]:
+        """Forget candidates for good, and account for their files."""
+        self._past.update(names)
+        dropped = [self._candidates.pop(name) for name in names]
+        return [Skipped(name, OTHER_SERIES) for series in dropped for name in series.names]
 
 
-def _rescaled(slices: NDArray[Any], scales: list[list[Any]]) -> NDArray[Any]:
-    """Apply one (slope, intercept) to all slices, or one to each; keep integers if it is 1, 0."""
-    factors = np.array(scales, np.float32).reshape(-1, 2)
-    if (factors == (1, 0)).all():
-        return slices
-    slope, intercept = factors.T[:, :, None, None]
-    scaled: NDArray[Any] = slices * slope + intercept
-    return scaled
+class _Series:
+    """A series that is, or may be, a run."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        self.name = name
+        self.run = run
+        self.items: list[Volume | Skipped] = []
+        """What it gave before its turn."""
+        self.names: list[str] = []
+        """Of the files that are kept until it is decided whether it is read."""
+        self.n_volumes = 0
+        self._last_s = 0.0
+        self._arrivals_s: deque[float] = deque(maxlen=16)
+        self._tr_s = 0.0
+
+    def feed(self, pieces: list[Piece], name: str, arrived_s: float) -> list[Volume | Skipped]:
+        """Take a file's pieces, all or none; return what they complete."""
+        loaded = [piece.loaded() for piece in pieces]
+        items = [_made(item) for piece in loaded for item in self.run.add(piece, name, arrived_s)]
+        self._last_s = arrived_s
+        for item in items:
+            if isinstance(item, Volume):
+                self.n_volumes += 1
+                self._tr_s = item.tr_s
+                self._arrivals_s.append(item.arrived_s)
+        return items
+
+    def has_been_silent(self, now_s: float) -> bool:
+        """Tell whether volumes have been missing for longer than their usual intervals explain."""
+        arrivals = list(self._arrivals_s)
+        gaps = [b - a for a, b in pairwise(arrivals) if b > a]
+        usual_s = median(gaps) if gaps else self._tr_s
+        return now_s - self._last_s >= max(_LEAST_SILENCE_S, _SILENCES * usual_s)
 
 
-def _place(dataset: pydicom.Dataset) -> Place:
-    uid = str(dataset.get("SeriesInstanceUID", ""))
-    numbers = (dataset.get("AcquisitionNumber"), dataset.get("InstanceNumber"))
-    for number in numbers:
-        if number is not None and int(number) > 0:
-            return Place(hashlib.blake2b(uid.encode(), digest_size=8).hexdigest(), int(number) - 1)
-    raise VolumeError("has no AcquisitionNumber and no InstanceNumber")
-
-
-def _repetition_time_s(dataset: pydicom.Dataset) -> float | None:
-    value_ms = dataset.get("RepetitionTime")
-    frames = dataset.get("PerFrameFunctionalGroupsSequence")
-    if not value_ms and frames:
-        timing = _macro(dataset, frames[0], "MRTimingAndRelatedParametersSequence")
-        value_ms = timing.get("RepetitionTime")
-    return float(value_ms) / 1000 if value_ms else None
-
-
-def _acquired_s(dataset: pydicom.Dataset) -> float | None:
-    """Return the start of the acquisition after midnight; anonymised headers have it empty."""
-    clock: TM | DT | None = None
-    with suppress(ValueError):
-        if text := dataset.get("AcquisitionTime"):
-            clock = TM(text)
-        elif text := dataset.get("AcquisitionDateTime"):
-            clock = DT(text)
-    if clock is None:
-        return None
-    return clock.hour * 3600 + clock.minute * 60 + clock.second + clock.microsecond / 1e6
+def _made(item: Complete | Skipped) -> Volume | Skipped:
+    if isinstance(item, Skipped):
+        return item
+    try:
+        return item.volume()
+    except RtfmriError as error:
+        return Skipped(item.name, str(error))

@@ -3,16 +3,17 @@
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event
-from typing import Literal
+from typing import Any, Literal
 
+from numpy.typing import NDArray
 from watchdog.events import (
     FileClosedEvent,
     FileMovedEvent,
@@ -22,93 +23,155 @@ from watchdog.events import (
 from watchdog.observers import Observer
 
 from rtfmri.errors import RtfmriError, SourceError, VolumeError
-from rtfmri.readers import Skipped
-from rtfmri.readers.dicom import Decoded, Place, decode, locate
+from rtfmri.readers import RunEnd, Skipped
+from rtfmri.readers.assembly import OTHER_SHAPE, Complete, Piece, Run
+from rtfmri.readers.dicom import OTHER_SERIES, Assembly, Item
+from rtfmri.readers.live import DEFAULT_TIMEOUT_S, Progress
 from rtfmri.readers.nifti import SUFFIXES, load_volume, replay_3d
-from rtfmri.readers.replay import Replay, Step, natural_key, stamped
+from rtfmri.readers.parrec import is_par, read_par, rec_of
+from rtfmri.readers.pieces import NOT_DICOM, Decoder, Unwanted, plain_errors
+from rtfmri.readers.replay import Replay, Step, checked_tr, natural_key, stamped
 from rtfmri.volume import Volume
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.05
-"""Time between two looks at a live folder."""
-
-NIFTI = "NIfTI"
-"""Stands for the series of files that name none."""
-OTHER_SERIES = "belongs to another series"
+POLL_S = 0.025
+"""Time between two looks at a live folder; a file that no event tells of takes one to two."""
 
 
 def replay_folder(path: Path, tr_s: float | None, speed: float | None) -> Replay:
-    """Open a folder of DICOM files, one file a volume, or else of 3-D NIfTI files.
+    """Open a folder of DICOM files or PAR/REC pairs, or else of 3-D NIfTI files.
 
-    DICOM volumes come in the order of their headers, NIfTI volumes in the natural order of their
-    names (``vol2`` before ``vol10``). A folder with DICOM files of several series gives the one
-    with the most files. Everything else comes first, as `Skipped`.
+    Volumes come in the order of their headers; those of NIfTI files, and of pairs that do not say
+    which volume they are, in the natural order of their names (``vol2`` before ``vol10``). Of
+    several series the one with the most volumes is given, the original rather than what was
+    derived from it. Everything else comes first, as `Skipped`. Voxels are read when their turn
+    comes, and no more than one file's are kept.
 
     Raises
     ------
     SourceError
-        If it holds neither, or there is no repetition time and none is given.
+        If it holds none of these, or there is no repetition time and none is given.
     """
-    paths = [path / name for name in sorted(_names(path), key=natural_key)]
-    places: dict[Path, Place] = {}
+    names = sorted(_names(path), key=natural_key)
+    survey = _survey_with(Decoder())
     skipped: list[Skipped] = []
-    for file in paths:
+    found: dict[str, _Found] = {}
+    for name in names:
         try:
-            places[file] = locate(file)
+            pieces = survey(path / name)
         except VolumeError as error:
-            skipped.append(Skipped(file.name, str(error)))
-    if not places:
-        images = [file for file in paths if file.name.endswith(SUFFIXES)]
+            skipped.append(Skipped(name, str(error)))
+        else:
+            found.setdefault(pieces[0].series, _Found()).files.append((pieces, name))
+    if not found:
+        images = [path / name for name in names if name.endswith(SUFFIXES)]
+        refused = [item.reason for item in skipped if item.reason != NOT_DICOM]
+        if refused:
+            raise SourceError(
+                f"no usable volume among {len(refused)} files in {path}: {refused[0]}"
+            )
         if not images:
             raise SourceError(f"no DICOM and no NIfTI files in the folder {path}")
-        others = [Skipped(file.name, "is not NIfTI") for file in paths if file not in images]
+        others = [Skipped(name, "is not NIfTI") for name in names if not name.endswith(SUFFIXES)]
         return replay_3d(images, others, tr_s, speed)
-    series = Counter(place.series for place in places.values()).most_common(1)[0][0]
-    ours = [file for file, place in places.items() if place.series == series]
-    ours.sort(key=lambda file: places[file].index)
+    for series in found.values():
+        series.put_together()
+    ours = max(found.values(), key=lambda series: (len(series.complete), not series.first.derived))
     skipped += [
-        Skipped(file.name, OTHER_SERIES)
-        for file, place in places.items()
-        if place.series != series
+        Skipped(name, OTHER_SERIES)
+        for series in found.values()
+        if series is not ours
+        for _, name in series.files
     ]
+    if not ours.complete:
+        raise SourceError(
+            f"no usable volume among {len(ours.files)} files in {path}: {ours.skipped[0].reason}"
+        )
+    run_tr_s = tr_s or checked_tr(ours.first.tr_s, f"the series in {path}")
 
     def steps() -> Iterator[Step | Skipped]:
         yield from skipped
-        for file in ours:
-            yield Step(file.name, places[file].index, partial(_load, file, tr_s))
+        yield from ours.skipped
+        for complete in ours.complete:
+            volume = replace(complete, tr_s=run_tr_s).volume
+            yield Step(complete.name, complete.index, volume)
 
-    return Replay(steps(), n_volumes=len(ours), tr_s=tr_s or _first_tr_s(path, ours), speed=speed)
-
-
-def _load(path: Path, tr_s: float | None) -> Volume:
-    return decode(path, tr_s=tr_s).volume
+    return Replay(steps(), n_volumes=len(ours.complete), tr_s=run_tr_s, speed=speed)
 
 
-def _first_tr_s(folder: Path, paths: list[Path]) -> float:
-    """Return the repetition time of the first volume that can be decoded."""
-    reasons: list[str] = []
-    for path in paths:
-        try:
-            return _load(path, None).tr_s
-        except VolumeError as error:
-            reasons.append(str(error))
-    raise SourceError(f"no usable volume among {len(paths)} files in {folder}: it {reasons[0]}")
+class _Found:
+    """A series in a folder."""
+
+    def __init__(self) -> None:
+        self.files: list[tuple[list[Piece], str]] = []
+        self.complete: list[Complete] = []
+        self.skipped: list[Skipped] = []
+
+    @property
+    def first(self) -> Piece:
+        return self.files[0][0][0]
+
+    def put_together(self) -> None:
+        """Find the volumes and their order, without their voxels."""
+        run = Run(tr_s=1.0)  # which it is matters when it is known whether this is the run
+        for pieces, name in sorted(self.files, key=_order):
+            for item in (item for piece in pieces for item in run.add(piece, name, 0.0)):
+                if isinstance(item, Skipped):
+                    self.skipped.append(item)
+                else:
+                    self.complete.append(item)
+        self.skipped += run.end()
+        self.complete.sort(key=lambda complete: complete.index)
+
+
+def _order(file: tuple[list[Piece], str]) -> tuple[int, int]:
+    piece = file[0][0]
+    return piece.index or 0, piece.instance or 0
+
+
+def _survey_with(decoder: Decoder) -> Callable[[Path], list[Piece]]:
+    """Return what looks into a file; its voxels are read from it when they are wanted."""
+
+    @lru_cache(maxsize=1)  # once for all the volumes in it
+    def read(path: Path) -> list[Piece]:
+        with plain_errors():
+            data = path.read_bytes()
+        return decoder.read(data)
+
+    def load(path: Path, number: int) -> NDArray[Any]:
+        return read(path)[number].load()
+
+    def survey(path: Path) -> list[Piece]:
+        if is_par(path.name):
+            return read_par(path)
+        pieces = decoder.read(path, voxels=False)
+        return [replace(p, load=partial(load, path, i)) for i, p in enumerate(pieces)]
+
+    return survey
+
+
+def open_live(target: str, tr_s: float | None, **options: Any) -> "LiveFolder":
+    """Open a folder that a scanner is filling; *options* are those of `LiveFolder`."""
+    return LiveFolder(Path(target), tr_s, **options)
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the names of the folder's files without hidden and temporary ones."""
+    """Return the names of the folder's files without hidden and temporary ones.
+
+    A PAR/REC pair is one file, called like its PAR.
+    """
     try:
         with os.scandir(folder) as entries:
-            return [
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".")
-                and not entry.name.endswith((".tmp", ".part"))
-                and entry.is_file()
-            ]
+            names = {entry.name for entry in entries if entry.is_file()}
     except OSError as error:
         raise SourceError(f"cannot read the folder {folder}: {error.strerror}") from error
+    pairs = {rec_of(Path(name)).name for name in names if is_par(name)}
+    return [name for name in names - pairs if _is_visible(name)]
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and not name.endswith((".tmp", ".part"))
 
 
 @dataclass(slots=True)
@@ -124,14 +187,16 @@ class _Arrival:
 
 
 class LiveFolder:
-    """Reader of a folder that a scanner is filling, one file a volume.
+    """Reader of a folder that a scanner fills with DICOM files, PAR/REC pairs or NIfTI files.
 
     File-system events tell of files on this machine within a millisecond, but do not cross
-    network shares; so the folder is also looked at every 50 ms, always. A file is tried once its
-    writer has closed it or moved it in, or when it has not changed between two looks, and again
-    whenever it changes, until it can be decoded. The first volume decides which series is read,
-    or that NIfTI files are, numbered as they come. Hidden files, ``*.tmp`` and ``*.part`` are
-    ignored.
+    network shares; so the folder is also looked at every 25 ms, always, unless that would take
+    more than half the time. A file is tried once its writer has closed it or moved it in, or when
+    it has not changed between two looks, and again whenever it changes, until it can be decoded.
+    `Assembly` says which series is read and what makes a volume; NIfTI files are one volume each,
+    numbered as they come. Hidden files, ``*.tmp`` and ``*.part`` are ignored.
+
+    Iterate once for each run: the next iteration goes on where the last one ended.
 
     Parameters
     ----------
@@ -140,20 +205,22 @@ class LiveFolder:
     tr_s : float, optional
         Repetition time in seconds; the headers' by default.
     count : int, optional
-        The run ends after this many volumes.
+        A run ends when this many different volumes are there.
     timeout_s : float
-        The run ends when, after the first volume, no new file has come for this many seconds.
+        A run ends when, after its first volume, none has come for this many seconds.
     existing : {"skip", "use"}
         Whether files that are there already are ignored (unless an event tells that they were
         written again), or are the beginning of the run.
     patience_s : float
         A file that cannot be decoded and has not changed for this many seconds is skipped.
+    **assembly_options
+        As for `Assembly`.
 
     Raises
     ------
     SourceError
-        If there is no such folder; when iterated, if the first volume has no repetition time and
-        none is given.
+        If there is no such folder; when iterated, if the first volume has no usable repetition
+        time and none is given.
     """
 
     live = True
@@ -164,22 +231,29 @@ class LiveFolder:
         tr_s: float | None = None,
         *,
         count: int | None = None,
-        timeout_s: float = 30.0,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
         existing: Literal["skip", "use"] = "skip",
         patience_s: float = 3.0,
+        **assembly_options: Any,
     ) -> None:
         self.n_volumes = count
         self._path = path
         self._tr_s = tr_s
         self._timeout_s = timeout_s
         self._patience_s = patience_s
+        self._assembly = Assembly(tr_s, **assembly_options)
+        self._items: deque[Item] = deque()
+        self._used = False
+        self._begun = False
+        self._kind: str | None = None
+        self._n_nifti = 0
+        self._shape: tuple[int, ...] | None = None
         there = _names(path)
         self._ignored = set(there) if existing == "skip" else set()
-        self._series: str | None = None
-        self._n_taken = 0
         self._is_away = False
         self._done: set[str] = set()
         self._arrivals: dict[str, _Arrival] = {}
+        self._look_at_s = 0.0
         self._closed = Event()
         self._reports: SimpleQueue[str] = SimpleQueue()
         self._observer = Observer()
@@ -197,42 +271,52 @@ class LiveFolder:
         self._reports.put("")
         self._observer.stop()
 
-    def __iter__(self) -> Iterator[Volume | Skipped]:
-        """Give volumes as their files are complete."""
-        try:
-            yield from self._take_all()
-            for name, arrival in self._arrivals.items():
-                yield Skipped(name, f"incomplete when the run ended: {arrival.problem or 'new'}")
-        finally:
-            self.close()
-
-    def _take_all(self) -> Iterator[Volume | Skipped]:
-        last_s = time.perf_counter()
-        reported: set[str] = set()
+    def __iter__(self) -> Iterator[Item]:
+        """Give one run's volumes as their files are complete."""
+        if self._used:
+            self._begun, self._kind, self._n_nifti, self._shape = False, None, 0, None
+            self._items.extendleft(reversed(self._assembly.next_run()))
+        self._used = True
+        progress = Progress(self.n_volumes, self._timeout_s)
         while not self._closed.is_set():
-            n_seen = len(self._done) + len(self._arrivals)
-            for name in self._look(reported):
-                item = self._try(name)
-                if item is not None:
-                    del self._arrivals[name]
-                    self._done.add(name)
-                    yield item
-                if self._closed.is_set() or self._n_taken == self.n_volumes:
+            while self._items:
+                item = self._items.popleft()
+                if isinstance(item, RunEnd):
+                    if progress.begun:
+                        yield from self._end(item)
+                        return
+                    continue
+                yield item
+                if isinstance(item, Volume):
+                    progress.take(item)
+                if self._closed.is_set():
                     return
-            now_s = time.perf_counter()
-            if not self._n_taken or len(self._done) + len(self._arrivals) != n_seen:
-                last_s = now_s
-            if now_s - last_s > self._timeout_s:
+                if progress.complete:
+                    yield from self._end(progress.end())
+                    return
+            for name in self._look(self._wait(progress.left_s)):
+                self._take(name)
+            if not self._items and progress.left_s == 0:
+                yield from self._end(progress.end())
                 return
-            reported = self._wait()
+
+    def _end(self, end: RunEnd) -> Iterator[Item]:
+        """Account for what the run leaves behind."""
+        yield from self._assembly.end()
+        for name, arrival in self._arrivals.items():
+            if arrival.problem:
+                yield Skipped(name, f"incomplete when the run ended: {arrival.problem}")
+        yield end
 
     def _look(self, reported: set[str]) -> list[str]:
         """Return the files to be tried now, DICOM before NIfTI, oldest first."""
         now_s = time.perf_counter()
-        arrivals: dict[str, _Arrival] = {}
-        ready = []
         self._ignored -= reported
-        for name in self._reachable_names():
+        is_due = now_s >= self._look_at_s
+        names = self._reachable_names() if is_due else list(reported)
+        arrivals = {} if is_due else dict(self._arrivals)
+        ready = []
+        for name in names:
             if name in self._done or name in self._ignored:
                 continue
             state = _state(self._path / name)
@@ -246,9 +330,12 @@ class LiveFolder:
             if name in reported or (unchanged and (untried or impatient)):
                 ready.append(name)
         self._arrivals = arrivals
+        if is_due:
+            took_s = time.perf_counter() - now_s
+            self._look_at_s = now_s + took_s + max(POLL_S, took_s)
 
         def age(name: str) -> tuple[object, ...]:
-            # Masks and templates may lie beside DICOM files; they must not decide the series.
+            # Masks and templates may lie beside DICOM files; they must not decide what is read.
             return name.endswith(SUFFIXES), arrivals[name].state[1], natural_key(name)
 
         return sorted(ready, key=age)
@@ -265,41 +352,70 @@ class LiveFolder:
         self._is_away = False
         return names
 
-    def _try(self, name: str) -> Volume | Skipped | None:
-        """Return the file as a volume, or why it is none; None if it may yet be complete."""
-        if name.endswith(SUFFIXES) and self._series not in (None, NIFTI):
-            return Skipped(name, OTHER_SERIES)
+    def _take(self, name: str) -> None:
+        """Decode a file; if it cannot be decoded, it may yet be complete."""
         arrival = self._arrivals[name]
         try:
-            volume, series = self._decode(name)
+            items = self._decode(name, arrival.since_s)
         except RtfmriError as error:
-            if isinstance(error, SourceError) and not self._n_taken:
+            if isinstance(error, SourceError) and not self._begun:
                 raise
             arrival.problem = str(error)
-            if time.perf_counter() - arrival.since_s > self._patience_s:
-                return Skipped(name, f"incomplete or no volume: {error}")
-            return None
-        if self._series not in (None, series):
-            return Skipped(name, OTHER_SERIES)
-        self._series = series
-        self._n_taken += 1
-        # Its last byte was there when it was first seen like this, not when it was tried.
-        return stamped(volume, arrival.since_s)
+            if time.perf_counter() - arrival.since_s <= self._patience_s:
+                return
+            items = [Skipped(name, f"incomplete or no volume: {error}")]
+        del self._arrivals[name]
+        self._done.add(name)
+        self._items.extend(items)
 
-    def _decode(self, name: str) -> Decoded:
-        path = self._path / name
-        if name.endswith(SUFFIXES):
-            return Decoded(load_volume(path, self._n_taken, self._tr_s), NIFTI)
-        return decode(path, tr_s=self._tr_s)
+    def _decode(self, name: str, arrived_s: float) -> list[Item]:
+        """Return what a file gives; its last byte was there when it was first seen like this."""
+        path, is_nifti = self._path / name, name.endswith(SUFFIXES)
+        kind = "NIfTI" if is_nifti else "DICOM"
+        if self._kind not in (None, kind):
+            return [Skipped(name, OTHER_SERIES)]
+        items: list[Item]
+        if is_nifti:
+            items = [self._numbered(load_volume(path, self._n_nifti, self._tr_s), name, arrived_s)]
+        elif is_par(name):
+            try:
+                items = self._assembly.take(read_par(path), name, arrived_s)
+            except Unwanted as error:
+                items = [Skipped(name, str(error))]
+        else:
+            with plain_errors():
+                data = path.read_bytes()
+            items = self._assembly.add(data, name, arrived_s)
+        gives = any(isinstance(item, Volume) for item in items)
+        self._begun |= gives
+        if gives or not items:
+            self._kind = kind
+        return items
 
-    def _wait(self) -> set[str]:
+    def _numbered(self, volume: Volume, name: str, arrived_s: float) -> Volume | Skipped:
+        """Count a NIfTI volume; a stranger must not, since all after it would move."""
+        self._shape = self._shape or volume.grid.shape
+        if volume.grid.shape != self._shape:
+            return Skipped(name, OTHER_SHAPE)
+        self._n_nifti += 1
+        return stamped(volume, arrived_s)
+
+    def _wait(self, left_s: float | None) -> set[str]:
         """Wait until the next look and return the files whose writers reported them meanwhile."""
         names = set()
+        wait_s = max(0.0, self._look_at_s - time.perf_counter())
         with suppress(Empty):
-            names.add(self._reports.get(timeout=POLL_S))
+            names.add(self._reports.get(timeout=wait_s if left_s is None else min(wait_s, left_s)))
             while True:
                 names.add(self._reports.get_nowait())
-        return names
+        return {_called(name) for name in names if _is_visible(name)}
+
+
+def _called(name: str) -> str:
+    """Return what a file is called here: a REC like its PAR."""
+    path = Path(name)
+    suffix = {".rec": ".par", ".REC": ".PAR"}.get(path.suffix)
+    return path.with_suffix(suffix).name if suffix else name
 
 
 class _Reporter(FileSystemEventHandler):
@@ -315,9 +431,15 @@ class _Reporter(FileSystemEventHandler):
 
 
 def _state(path: Path) -> tuple[int, int] | None:
-    """Return size and time of change; None for a file that is gone."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+    """Return size and time of change, of a pair's files both; None for a file that is gone."""
+    sizes, times = [], []
+    for part in (path, rec_of(path)) if is_par(path.name) else (path,):
+        try:
+            status = part.stat()
+        except OSError:
+            if part == path:
+                return None
+            continue
+        sizes.append(status.st_size)
+        times.append(status.st_mtime_ns)
+    return sum(sizes), max(times)

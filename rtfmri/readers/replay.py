@@ -10,8 +10,9 @@ from rtfmri.errors import RtfmriError, SourceError, VolumeError
 from rtfmri.readers import Skipped
 from rtfmri.volume import Volume
 
-LONGEST_TR_S = 60.0
-"""A header's repetition time above this is taken for a mistake (milliseconds called seconds)."""
+SHORTEST_TR_S, LONGEST_TR_S = 0.05, 60.0
+"""A header's repetition time outside these is taken for a mistake (milliseconds called seconds),
+or for that of a single excitation, many of which make a volume."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +115,14 @@ def checked_tr(header_s: float | None, where: str) -> float:
     Raises
     ------
     SourceError
-        If it is missing, not positive, or longer than a minute.
+        If it is missing, not positive, shorter than 50 ms, or longer than a minute.
     """
     if header_s is None or not header_s > 0:
         raise SourceError(f"{where} has no repetition time in its header; give it with --tr")
-    if header_s > LONGEST_TR_S:
+    if not SHORTEST_TR_S <= header_s <= LONGEST_TR_S:
         raise SourceError(
-            f"the repetition time in the header of {where} must be at most {LONGEST_TR_S:g} s, "
-            f"got {header_s:g} s; give the right one with --tr"
+            f"the repetition time in the header of {where} must be {SHORTEST_TR_S:g} to "
+            f"{LONGEST_TR_S:g} s, got {header_s:g} s; give the right one with --tr"
         )
     return header_s
 

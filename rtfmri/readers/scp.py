@@ -70,6 +70,10 @@ _REQUEST_S = 5.0
 """Time to ask for an association."""
 _PDU_S = 30.0
 """Time to send a PDU, once it has begun."""
+_FAREWELL_S = 1.0
+"""Time to answer what is to be answered, when this process is to end."""
+_POLL_S = 0.005
+"""Some times what pynetdicom's threads need to notice that they have something to send."""
 _NAME = re.compile(r"[A-Z0-9_.-]{1,16}")
 
 _TRANSFER_SYNTAXES = [
@@ -168,8 +172,7 @@ class _Messages(DIMSEServiceProvider):  # type: ignore[misc]
         negotiated as asynchronous operations (PS3.7, D.3.3.3), and never is.
         """
         self.held_bytes += sum(len(data) for _, data in primitive.presentation_data_value_list)
-        early = self._n_requests > self._n_answers
-        if early or self.held_bytes > MAX_OBJECT_BYTES or self.assoc._server.is_full():
+        if self.owes_an_answer or self.held_bytes > MAX_OBJECT_BYTES or self.assoc._server.is_full():
             self.message = None
             self.dul.event_queue.put("Evt19")  # as for an invalid PDU: the association is aborted
             self.assoc._server.refuse(_host(self.assoc), "amount")
@@ -183,6 +186,11 @@ class _Messages(DIMSEServiceProvider):  # type: ignore[misc]
         self._n_answers += 1
         self.held_bytes = 0
         super().send_msg(primitive, context_id)
+
+    @property
+    def owes_an_answer(self) -> bool:
+        """Whether a request is not answered yet."""
+        return self._n_requests > self._n_answers
 
     def forget(self) -> None:
         """Let go of all that was received."""
@@ -330,6 +338,16 @@ class _Server(AssociationServer):  # type: ignore[misc]
         if self._n_dead > _MAX_ASSOCIATIONS:
             gc.collect()  # they refer to themselves
             self._n_dead = 0
+
+    def finish(self) -> None:
+        """Let answers go out that are due: the reader may have what it wants, and end the run."""
+        until_s = time.monotonic() + _FAREWELL_S
+        while any(one.dimse.owes_an_answer for one in self._associations):
+            if time.monotonic() > until_s:
+                return
+            time.sleep(_POLL_S)
+        if self._associations:
+            time.sleep(10 * _POLL_S)
 
     def admit(self, visitor: _Visitor) -> None:
         """Let a visitor have its association; when there are too many, another one loses it."""
@@ -490,6 +508,7 @@ def main() -> None:
     gc.freeze()
     channel.tell(READY)
     _Lobby(listening, allowed, tls, server).run()
+    server.finish()
 
 
 if __name__ == "__main__":
