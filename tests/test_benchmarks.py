@@ -23,11 +23,11 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 benchmarks = load_benchmarks()
-baseline, chain, glm, kernels, latency, measure, motion, phantom, tables = (
+baseline, chain, glm, kernels, latency, measure, motion, phantom, tables, transports = (
     importlib.import_module(f"{benchmarks.__name__}.{name}")
     for name in (
         *("baseline", "chain", "glm", "kernels", "latency"),
-        *("measure", "motion", "phantom", "tables"),
+        *("measure", "motion", "phantom", "tables", "transports"),
     )
 )
 PEERS = motion.PEERS
@@ -43,6 +43,11 @@ def short():
         patch.setattr(motion, "PEERS", (motion.Tool("absent", "no_such_package", None),))
         patch.setattr(latency, "N_VOLUMES", 12)
         patch.setattr(latency, "PACE_S", 0.002)
+        patch.setattr(transports, "SHAPES", GRIDS)
+        patch.setattr(transports, "N_VOLUMES", 8)
+        patch.setattr(transports, "N_DECODED", 8)
+        patch.setattr(transports, "PACE_S", 0.02)
+        patch.setattr(transports, "TRANSPORTS", transports.TRANSPORTS[:3])
         patch.setattr(measure, "HOT_TURN", 2)
         patch.setattr(measure, "beyond_caches_bytes", lambda: 12_000)
         yield
@@ -66,6 +71,18 @@ def test_every_suite_gives_rows_for_every_grid(report):
         "fixed",
     ]
     assert {row["recorded"] for row in report["tables"]["latency"]} == {True, False}
+
+
+def test_transports_are_measured_at_both_ends(report):
+    rows = report["tables"]["transports"]
+    names = [transport.name for transport in transports.TRANSPORTS]
+    assert [row["transport"] for row in rows] == names * len(GRIDS)
+    for row in rows:
+        assert row["lost"] == 0
+        assert 0 < row["last_byte"]["p50_ms"] <= row["last_byte"]["p95_ms"] < 1000
+        assert row["last_byte"]["p50_ms"] < row["first_byte"]["p50_ms"]
+    for row in report["tables"]["decode"]:
+        assert row["times"] == pytest.approx(row["median_ms"] / row["bare_ms"])
 
 
 def test_ratios_are_those_of_the_medians_beside_them(report):

@@ -172,7 +172,8 @@ class _Messages(DIMSEServiceProvider):  # type: ignore[misc]
         negotiated as asynchronous operations (PS3.7, D.3.3.3), and never is.
         """
         self.held_bytes += sum(len(data) for _, data in primitive.presentation_data_value_list)
-        if self.owes_an_answer or self.held_bytes > MAX_OBJECT_BYTES or self.assoc._server.is_full():
+        too_much = self.held_bytes > MAX_OBJECT_BYTES or self.assoc._server.is_full()
+        if self.owes_an_answer or too_much:
             self.message = None
             self.dul.event_queue.put("Evt19")  # as for an invalid PDU: the association is aborted
             self.assoc._server.refuse(_host(self.assoc), "amount")
