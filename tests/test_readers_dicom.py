@@ -1,7 +1,10 @@
 """One DICOM file to one volume: voxels, geometry, clocks, and what may be wrong with a file."""
 
 import json
+import os
+import signal
 import subprocess
+import threading
 from dataclasses import fields
 from datetime import datetime, timedelta
 from io import BytesIO
@@ -12,10 +15,10 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from pydicom.pixels import get_decoder
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
+    HTJ2KLossless,
     ImplicitVRLittleEndian,
     JPEGLSLossless,
     RLELossless,
@@ -41,6 +44,7 @@ from rtfmri.errors import SourceError, VolumeError
 from rtfmri.readers.dicom import Assembly, decode, locate
 from rtfmri.readers.mosaic import Mosaics
 from rtfmri.readers.pieces import Decoder
+from rtfmri.readers.unpacking import Unpacker
 from rtfmri.simulator.dicom import mosaic_dataset
 from rtfmri.volume import Volume
 
@@ -491,14 +495,39 @@ def test_real_transfer_syntaxes_agree():
         assert volume.grid.matches(volumes[0].grid)
 
 
-def test_compressed_files_need_the_extra_and_say_so(monkeypatch):
-    dataset = mosaic(3)
+def jpeg_ls_mosaic(index: int = 0) -> pydicom.Dataset:
+    pytest.importorskip("jpeg_ls", reason="no encoder of JPEG-LS is installed")
+    dataset = mosaic(index)
     dataset.compress(JPEGLSLossless)
-    data = to_bytes(dataset)
-    np.testing.assert_array_equal(decode(data).volume.data, voxels(oblique_grid(), 3))
-    monkeypatch.setattr(get_decoder(JPEGLSLossless), "_available", {})
+    return dataset
+
+
+def test_a_compressed_file_gives_the_same_voxels():
+    volume, _ = decode(to_bytes(jpeg_ls_mosaic(3)))
+    np.testing.assert_array_equal(volume.data, voxels(oblique_grid(), 3))
+
+
+def test_a_compression_that_nobody_knows_is_said():
+    dataset = jpeg_ls_mosaic()
+    dataset.file_meta.TransferSyntaxUID = HTJ2KLossless
     with pytest.raises(VolumeError, match=r"pip install 'rtfmri\[dicom\]'"):
-        decode(data)
+        decode(to_bytes(dataset))
+
+
+def test_a_decoder_that_takes_its_process_down_costs_one_file():
+    unpacker = Unpacker()
+    dataset = jpeg_ls_mosaic(1)
+    expected = unpacker.unpack(dataset)
+    pid = unpacker.pid
+    assert pid not in (None, os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    killer = threading.Timer(0.2, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(VolumeError, match="is cut short"):
+        unpacker.unpack(dataset)
+    np.testing.assert_array_equal(unpacker.unpack(dataset), expected)
+    assert unpacker.pid != pid
+    unpacker.close()
 
 
 def test_a_file_that_is_deflated_as_a_whole_is_refused():

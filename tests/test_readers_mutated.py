@@ -16,6 +16,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from pydicom import Dataset
+from pydicom.uid import JPEGLSLossless
 
 from dicom_files import (
     Frame,
@@ -25,6 +26,7 @@ from dicom_files import (
     multiframe,
     oblique_grid,
     philips_slices,
+    real_data,
     to_bytes,
     voxels,
 )
@@ -183,3 +185,34 @@ def test_a_length_of_gigabytes_takes_no_memory(field, make):
         Assembly().add(bytes(data), "x", 0.0)
     assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     tracemalloc.stop()
+
+
+def test_damaged_jpeg_takes_nothing_down():
+    """A decoder that crashes does so in a process of its own, and the next file is read."""
+    pytest.importorskip("jpeg_ls", reason="no encoder of JPEG-LS is installed")
+    dataset = mosaic(0)
+    dataset.compress(JPEGLSLossless)
+    whole = to_bytes(dataset)
+    check_damaged(whole, n_mutants=300)
+
+
+def test_damaged_real_jpeg_takes_nothing_down():
+    """Bytes of these made gdcm end its process with an exception that nobody caught."""
+    files = sorted(real_data("siemens_transfer_syntaxes").glob("*.dcm"))
+    for file in files[4:]:
+        whole = file.read_bytes()
+        check_damaged(whole, n_mutants=100)
+
+
+def check_damaged(whole: bytes, n_mutants: int) -> None:
+    """Feed a file with some bytes of its voxels changed, and after them the *whole* file."""
+    rng = np.random.default_rng(0)
+    begin = len(whole) // 2
+    for _ in range(n_mutants):
+        mutant = bytearray(whole)
+        for at in rng.integers(begin, len(whole), rng.choice([1, 8, 64])):
+            mutant[at] = rng.integers(256)
+        with suppress(VolumeError):
+            Assembly(2.0).add(bytes(mutant), "mutant", 0.0)
+    (volume,) = Assembly(2.0).add(whole, "whole", 0.0)
+    assert isinstance(volume, Volume)

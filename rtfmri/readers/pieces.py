@@ -8,6 +8,7 @@ Nothing of a header leaves this module but numbers and a digest of the series' U
 kind of trouble, never a value.
 """
 
+import atexit
 import hashlib
 import logging
 import math
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from pydicom.config import disable_value_validation
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 from pydicom.valuerep import DT
 
 from rtfmri.errors import GridError, RtfmriError, VolumeError
@@ -58,6 +59,7 @@ from rtfmri.readers.headers import (
     whole_number,
 )
 from rtfmri.readers.mosaic import Mosaics
+from rtfmri.readers.unpacking import CUT_SHORT, Unpacker
 from rtfmri.volume import Grid, untiled
 
 with warnings.catch_warnings():
@@ -68,14 +70,16 @@ with warnings.catch_warnings():
 
 NOT_DICOM = "is not DICOM"
 NO_MAGNITUDE = "is no magnitude image"
-CUT_SHORT = "is cut short, or its image does not fit its header"
 SINGLE_BAND = "is a single-band reference"
 
 _MOST_UNPACKED = 2**29
 """Bytes that a compressed image may come to; more than any run's in one file."""
 
 _one_at_a_time = threading.Lock()
-"""pydicom's settings, its logger and Python's warnings are the whole process's."""
+"""pydicom's settings, its logger and Python's warnings are the whole process's; so is its
+unpacker."""
+_unpacker = Unpacker()
+atexit.register(_unpacker.close)
 
 
 class Unwanted(VolumeError):
@@ -372,16 +376,12 @@ def _pixels(dataset: pydicom.Dataset) -> NDArray[Any]:
     shape = (dataset.get("NumberOfFrames") or 1, dataset.Rows, dataset.Columns)
     if syntax.is_compressed and math.prod(int(n) for n in shape) * 2 > _MOST_UNPACKED:
         raise VolumeError("holds an image larger than 512 MiB when unpacked")
+    if syntax.is_compressed and syntax != RLELossless:
+        return _unpacker.unpack(dataset)
     try:
         return pixel_array(dataset, raw=True)
     except ValueError:
         raise VolumeError(CUT_SHORT) from None
-    except RuntimeError:
-        if not syntax.is_compressed:
-            raise
-        raise VolumeError(
-            f"is compressed ({syntax.name}), which needs pip install 'rtfmri[dicom]'"
-        ) from None
 
 
 def _all_frames(dataset: pydicom.Dataset, shape: tuple[int, int, int]) -> NDArray[Any]:
