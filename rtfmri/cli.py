@@ -452,6 +452,35 @@ def simulate(
 
 
 @app.command()
+def series(
+    folder: Annotated[Path, typer.Argument(help="A folder of DICOM files or PAR/REC pairs.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List the series in FOLDER, to choose one: rtfmri run 'folder:FOLDER?series=7'."""
+    from rtfmri.readers.folder import list_series
+
+    with err_console.status("looking into the files"):
+        found = list_series(folder)
+    if as_json:
+        print(json.dumps([one._asdict() for one in found]))
+        return
+    table = Table(title=f"Series in {escape(str(folder))}", title_justify="left")
+    for column in ("series", "files", "volumes", "shape", "TR (s)", "echo times (ms)", "images"):
+        table.add_column(column)
+    for one in found:
+        table.add_row(
+            "-" if one.number is None else str(one.number),
+            str(one.n_files),
+            str(one.n_volumes),
+            "x".join(map(str, one.shape)) if one.shape else "-",
+            f"{one.tr_s:g}" if one.tr_s else "-",
+            ", ".join(f"{time_ms:g}" for time_ms in one.echo_times_ms) or "-",
+            "derived" if one.derived else "original",
+        )
+    out_console.print(table)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="A new folder for everything.")] = Path("rtfmri-demo"),
     device: DeviceOption = Device.auto,

@@ -1,6 +1,7 @@
 """The command line as a user meets it, in a process of its own."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,44 @@ def test_a_live_folder_is_followed_while_a_scanner_writes(tmp_path: Path) -> Non
     assert reader.returncode == 0
     assert rows[-1]["summary"]["volumes"] == 12
     assert rows[-1]["summary"]["missing"] == 0
+
+
+def test_two_runs_of_one_listener_are_two_recordings(tmp_path: Path) -> None:
+    out = tmp_path / "run.h5"
+    source = "tcp://:0?count=6&timeout_s=20"
+    command = [sys.executable, "-m", "rtfmri", "-v", "run", source, "--runs", "2", "--json"]
+    with subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stderr
+        said = ""
+        while "waiting for the first volume" not in said:
+            line = reader.stderr.readline()
+            assert line, "the run ended before it was ready"
+            said += line
+        port = int(re.search(r"listening on 127\.0\.0\.1:(\d+)", said.replace("\n", ""))[1])
+        for seed in (1, 2):
+            small = SMALL.replace("40", f"6&seed={seed}")
+            rtfmri("simulate", small, "--to", f"tcp://127.0.0.1:{port}", "--speed", 50)
+        reader.communicate(timeout=60)
+    assert reader.returncode == 0
+    found = []
+    for number in (1, 2):
+        with open_recording(tmp_path / f"run-{number}.h5") as recording:
+            assert recording.n_volumes == 6
+            found.append(recording.volume(0).data)
+    assert not np.array_equal(*found)
+    rtfmri("run", out.with_stem("run-1"), "--runs", "2", expect=1)
+
+
+def test_series_lists_what_is_in_a_folder(recording: Path) -> None:
+    folder = recording.parent / "dicom"
+    table = rtfmri("series", folder).stdout
+    assert "24x24x12" in table
+    (one,) = json.loads(rtfmri("series", folder, "--json").stdout)
+    assert (one["number"], one["n_files"], one["n_volumes"]) == (1, 40, 40)
+    assert one["shape"] == [24, 24, 12]
+    assert "no such" in rtfmri("series", folder / "none", expect=1).stderr.lower()
 
 
 def test_ctrl_c_ends_a_run_and_closes_its_recording(tmp_path: Path) -> None:

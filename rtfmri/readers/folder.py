@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from numpy.typing import NDArray
 from watchdog.events import (
@@ -54,16 +54,7 @@ def replay_folder(path: Path, tr_s: float | None, speed: float | None) -> Replay
         If it holds none of these, or there is no repetition time and none is given.
     """
     names = sorted(_names(path), key=natural_key)
-    survey = _survey_with(Decoder())
-    skipped: list[Skipped] = []
-    found: dict[str, _Found] = {}
-    for name in names:
-        try:
-            pieces = survey(path / name)
-        except VolumeError as error:
-            skipped.append(Skipped(name, str(error)))
-        else:
-            found.setdefault(pieces[0].series, _Found()).files.append((pieces, name))
+    found, skipped = _find_series(path, names)
     if not found:
         images = [path / name for name in names if name.endswith(SUFFIXES)]
         refused = [item.reason for item in skipped if item.reason != NOT_DICOM]
@@ -75,12 +66,10 @@ def replay_folder(path: Path, tr_s: float | None, speed: float | None) -> Replay
             raise SourceError(f"no DICOM and no NIfTI files in the folder {path}")
         others = [Skipped(name, "is not NIfTI") for name in names if not name.endswith(SUFFIXES)]
         return replay_3d(images, others, tr_s, speed)
-    for series in found.values():
-        series.put_together()
-    ours = max(found.values(), key=lambda series: (len(series.complete), not series.first.derived))
+    ours = max(found, key=lambda series: (len(series.complete), not series.first.derived))
     skipped += [
         Skipped(name, OTHER_SERIES)
-        for series in found.values()
+        for series in found
         if series is not ours
         for _, name in series.files
     ]
@@ -98,6 +87,51 @@ def replay_folder(path: Path, tr_s: float | None, speed: float | None) -> Replay
             yield Step(complete.name, complete.index, volume)
 
     return Replay(steps(), n_volumes=len(ours.complete), tr_s=run_tr_s, speed=speed)
+
+
+class SeriesSummary(NamedTuple):
+    """What a folder holds of one series."""
+
+    number: int | None
+    """SeriesNumber, as ``series=`` takes it."""
+    n_files: int
+    n_volumes: int
+    """Complete ones."""
+    shape: tuple[int, int, int] | None
+    """Of a volume, (x, y, z); None where none is complete."""
+    tr_s: float | None
+    echo_times_ms: tuple[float, ...]
+    derived: bool
+    """Whether it was computed from other images."""
+
+
+def list_series(path: Path) -> list[SeriesSummary]:
+    """Return the series of DICOM files and PAR/REC pairs in a folder, by their numbers.
+
+    Raises
+    ------
+    SourceError
+        If there is no such folder.
+    """
+    found, _ = _find_series(path, sorted(_names(path), key=natural_key))
+    return sorted((series.summary() for series in found), key=lambda one: one.number or 0)
+
+
+def _find_series(path: Path, names: list[str]) -> tuple[list["_Found"], list[Skipped]]:
+    """Look into all files; return the series, put together, and what belongs to none."""
+    survey = _survey_with(Decoder())
+    skipped: list[Skipped] = []
+    found: dict[str, _Found] = {}
+    for name in names:
+        try:
+            pieces = survey(path / name)
+        except VolumeError as error:
+            skipped.append(Skipped(name, str(error)))
+        else:
+            found.setdefault(pieces[0].series, _Found()).files.append((pieces, name))
+    for series in found.values():
+        series.put_together()
+    return list(found.values()), skipped
 
 
 class _Found:
@@ -123,6 +157,20 @@ class _Found:
                     self.complete.append(item)
         self.skipped += run.end()
         self.complete.sort(key=lambda complete: complete.index)
+
+    def summary(self) -> SeriesSummary:
+        times_ms = {piece.echo_time_ms for pieces, _ in self.files for piece in pieces}
+        echoes = self.complete[0].echoes if self.complete else ()
+        n_slices = sum(piece.shape[0] for piece in echoes[0]) if echoes else 0
+        return SeriesSummary(
+            number=self.first.series_number,
+            n_files=len(self.files),
+            n_volumes=len(self.complete),
+            shape=(self.first.shape[2], self.first.shape[1], n_slices) if echoes else None,
+            tr_s=self.first.tr_s,
+            echo_times_ms=tuple(sorted(time_ms for time_ms in times_ms if time_ms)),
+            derived=self.first.derived,
+        )
 
 
 def _order(file: tuple[list[Piece], str]) -> tuple[int, int]:
