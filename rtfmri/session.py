@@ -349,7 +349,7 @@ class Session:
     def _accept(self, item: Volume | Skipped) -> None:
         """Take what came into the order of the run, or say why it is none of it."""
         if isinstance(item, Skipped):
-            self._skip(item.name, item.reason)
+            self._skip(item.label, item.reason)
             return
         volume = self._arrived(item)
         if self._first is None:

@@ -92,6 +92,27 @@ def test_faults_are_in_the_recording(tmp_path: Path) -> None:
         assert recording.n_volumes == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("DOE^JANE.MR.HEAD.0007.0012.2020.01.02.IMA", "a file (…02.IMA)"),
+        ("doe_jane_000003.dcm", "a file (…000003.dcm)"),
+        ("DOE_JANE", "a file"),
+        ("Jane.Doe", "a file"),
+        ("volume 7 (16 of 18 slices)", "volume 7 (16 of 18 slices)"),
+        ("object 12", "object 12"),
+    ],
+)
+def test_a_files_name_may_be_a_participants(
+    name: str, label: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Skipped(name, "is not DICOM").label == label
+    with Session(MemoryReader([Skipped(name, "is not DICOM"), *volumes(2)]), config=CPU) as run:
+        list(run)
+    assert f"skipped {label}: is not DICOM" in caplog.text
+    assert "doe" not in caplog.text.lower()
+
+
 def test_a_run_may_be_joined_late(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     with Session(MemoryReader(volumes(8)[5:]), config=CPU, out=out) as session:

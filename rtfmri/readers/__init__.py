@@ -31,14 +31,27 @@ from rtfmri.errors import ConfigError, SourceError
 from rtfmri.readers.network import parse_allowed
 from rtfmri.volume import Volume
 
+_OWN_NAME = re.compile(r"(volume|object|file) \d+( \([0-9a-z ]+ slices\))?|an? [a-z]+|listener")
+_END_OF_NAME = re.compile(
+    r"\d{0,6}(\.(dcm|ima|nii|nii\.gz|par|rec|tsv|txt|json))?$", re.IGNORECASE
+)
+
 
 class Skipped(NamedTuple):
     """Something arrived that is no volume of this run."""
 
     name: str
-    """Of the file, without its folder."""
+    """Of the file, without its folder, or "volume 7", "object 12" and the like."""
     reason: str
     """In words; holds nothing from the file's header that could name a participant."""
+
+    @property
+    def label(self) -> str:
+        """The name as it may be written down: scanners call files after their participants."""
+        if _OWN_NAME.fullmatch(self.name):
+            return self.name
+        end = _END_OF_NAME.search(self.name)
+        return f"a file (…{end[0]})" if end and end[0] else "a file"
 
 
 class RunEnd(NamedTuple):

@@ -21,7 +21,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """The addresses from which connections are taken; this machine's own always are."""
+    """The addresses from which connections are taken; loopback always is."""
 
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
