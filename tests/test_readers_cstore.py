@@ -492,6 +492,6 @@ def test_a_real_run_by_the_command_line(tmp_path: Path) -> None:
     installed("/usr/bin/storescu", "dcmtk")
     source = real_data("siemens_mosaic_psc")
     (tmp_path / "run").mkdir()
-    for file in sorted(source.glob("*.dcm"))[:30]:
+    for file in source.glob("*.dcm"):
         (tmp_path / "run" / file.name).symlink_to(file)
     check_command_line(tmp_path / "run", tmp_path, "--events", str(source / "events.tsv"))
