@@ -36,7 +36,9 @@ step machine 20 "$python" -c 'from rtfmri.machine import inspect; print(*inspect
 step tests 240 "$python" -m pytest -q tests/test_moments.py tests/test_roi.py tests/test_smoothing.py \
     tests/test_reslice.py tests/test_motion.py tests/test_quality.py tests/test_slice_timing.py \
     tests/test_glm.py tests/test_detrend.py tests/test_kernels.py
-step benchmarks 240 "$python" -m benchmarks --device cuda --out "$out"
+# What a transport costs, a GPU does not change.
+step benchmarks 240 "$python" -m benchmarks --device cuda --out "$out" \
+    --suites kernels baseline motion glm chain latency
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step $tool 60 compute-sanitizer --tool $tool --error-exitcode 1 "$python" -c "$once"

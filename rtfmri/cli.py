@@ -66,7 +66,7 @@ Source = Annotated[
     str,
     typer.Argument(
         help="A NIfTI file, a folder of DICOM or NIfTI files, a recording (.h5), or a URI: "
-        "folder:/export (live), simulator:finger-tapping"
+        "folder:/export or dicom://:11112 (live), simulator:finger-tapping"
     ),
 ]
 TrOption = Annotated[

@@ -20,7 +20,9 @@ class Gap(NamedTuple):
     """Whether the run begins after them."""
 
     def __str__(self) -> str:
-        return f"volume {self.first}" + f" to {self.last}" * (self.last > self.first)
+        if self.first == self.last:
+            return f"volume {self.first}"
+        return f"volumes {self.first} to {self.last}"
 
     @property
     def indices(self) -> range:

@@ -50,7 +50,7 @@ def test_a_gap_is_given_up_when_its_time_is_over() -> None:
     assert ordering.due_s() == 3.5
     assert told(ordering.ready(3.4)) == []
     assert told(ordering.ready(3.5)) == [Gap(1, 2, at_start=False), 3]
-    assert str(Gap(1, 2, at_start=False)) == "volume 1 to 2"
+    assert str(Gap(1, 2, at_start=False)) == "volumes 1 to 2"
     assert str(Gap(1, 1, at_start=False)) == "volume 1"
 
 

@@ -70,7 +70,7 @@ def test_every_fault_is_skipped_and_counted(caplog: pytest.LogCaptureFixture) ->
         "another voxel type than the run's first volume": 1,
     }
     assert session.counters.arrived == session.counters.processed + 7
-    assert "volume 5 to 6 never came" in caplog.text
+    assert "volumes 5 to 6 never came" in caplog.text
     # The strangers left no trace: the baseline is that of the good volumes.
     used = np.mean([good[i].data for i in (0, 1, 2, 3, 4, 7, 8, 9, 10, 11)], 0)
     np.testing.assert_allclose(session.maps()["baseline"].mean, used, rtol=1e-6)
@@ -119,7 +119,7 @@ def test_a_run_may_be_joined_late(tmp_path: Path) -> None:
         assert [r.time_s for r in session] == [5 * TR_S, 6 * TR_S, 7 * TR_S]
     assert (session.counters.before_start, session.counters.missing) == (5, 0)
     with open_recording(out) as recording:
-        assert recording.journal[0] == (0, "start", "the run was joined after volume 0 to 4")
+        assert recording.journal[0] == (0, "start", "the run was joined after volumes 0 to 4")
 
 
 def test_volumes_in_another_order_give_the_same_run(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_missing_volume_has_no_value_or_the_one_before(
     np.testing.assert_array_equal(session.maps()["tap"].t, other.maps()["tap"].t)
     with open_recording(out) as recording:
         assert recording.n_volumes == 18
-        assert recording.journal[0] == (10, "missing", "volume 10 to 11 never came")
+        assert recording.journal[0] == (10, "missing", "volumes 10 to 11 never came")
 
 
 def test_a_live_run_gives_a_gap_up_in_time() -> None:
