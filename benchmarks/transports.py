@@ -91,11 +91,12 @@ def run(
                     "n": len(volumes) - FIRST,
                     "lost": N_VOLUMES - len(volumes),
                     "first_byte": _percentiles([v.decoded_s - sent_s[v.index] for v in volumes]),
-                    # A file's last byte is there when its writer is done; a connection's, when
-                    # the reader has it.
+                    # A file's last byte is there when its writer is done, which may be before the
+                    # reader looks; a connection's, when the reader has it.
                     "last_byte": _percentiles(
                         [
-                            v.decoded_s - (returned_s[v.index] if folder else v.arrived_s)
+                            v.decoded_s
+                            - (min(returned_s[v.index], v.arrived_s) if folder else v.arrived_s)
                             for v in volumes
                         ]
                     ),
