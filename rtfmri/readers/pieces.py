@@ -216,7 +216,12 @@ def _split_mosaic(dataset: pydicom.Dataset, csa: dict[str, Any], numbers: Number
     the mosaic's position and reads the slices' normal from Siemens' private header. So do the
     slices' times, in ms; older scanners have none, or zeros.
     """
-    wrapper = MosaicWrapper(dataset, csa)
+    # Rounded to text they are not quite of length 1: 0.3 micrometres over a whole mosaic.
+    cosines = np.array(dataset.ImageOrientationPatient, np.float64).reshape(2, 3)
+    cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)
+    placed = pydicom.Dataset(dataset)
+    placed.ImageOrientationPatient = cosines.ravel().tolist()
+    wrapper = MosaicWrapper(placed, csa)
     n_rows, n_columns, n_slices = (int(n) for n in wrapper.image_shape)
     affine = Grid((n_columns, n_rows, n_slices), TO_RAS @ wrapper.affine[:, [1, 0, 2, 3]]).affine
     scale = value_scale(dataset)
