@@ -107,7 +107,10 @@ class RoiSettings(_Settings):
 
 
 class OrderSettings(_Settings):
-    """What is done about volumes that come late, in another order, or never."""
+    """What is done about volumes that come late, in another order, or never.
+
+    What is played back comes in order, and waits for nothing.
+    """
 
     window_volumes: Annotated[int, Field(ge=0, le=100)] = 4
     """How many volumes are held back for one that lacks before them; 0 waits for none."""

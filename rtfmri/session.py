@@ -152,7 +152,8 @@ class Session:
         self.end = ""
         self._more_runs = more_runs
         self._first: Volume | None = None
-        self._ordering = Ordering(self._config.order.window_volumes, None)
+        # What is played back is in order already: what lacks will not come.
+        self._ordering = Ordering(0, None)
         self._problems: tuple[str, ...] = ()
         self._last: Result | None = None
         self._fd_mm = self._fd_max_mm = 0.0
@@ -354,9 +355,10 @@ class Session:
         volume = self._arrived(item)
         if self._first is None:
             self._first = volume
-            order = self._config.order
-            wait_s = volume.tr_s / 2 if order.wait_s is None else order.wait_s
-            self._ordering = Ordering(order.window_volumes, wait_s if self._reader.live else None)
+            if self._reader.live:
+                order = self._config.order
+                wait_s = volume.tr_s / 2 if order.wait_s is None else order.wait_s
+                self._ordering = Ordering(order.window_volumes, wait_s)
         try:
             first = self._first
             volume.check_like(first.grid, first.data.dtype, first.tr_s)
