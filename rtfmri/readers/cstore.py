@@ -7,10 +7,8 @@ scanner's, which would send it again, or stop sending. Success is said when this
 object. When too many wait to be taken, they are refused as "out of resources" (0xA700).
 """
 
-import errno
 import logging
 import re
-import socket
 import ssl
 import threading
 import time
@@ -37,7 +35,7 @@ from rtfmri.readers.listener import (
     tls_context,
 )
 from rtfmri.readers.live import DEFAULT_TIMEOUT_S, LiveReader
-from rtfmri.readers.network import Address, Allowed, parse_address
+from rtfmri.readers.network import Address, Allowed, listen, parse_address
 from rtfmri.volume import Volume
 
 _log = logging.getLogger(__name__)
@@ -169,7 +167,7 @@ class CstoreReader(LiveReader):
         self.numbers_tell_runs = False  # the series' UID does
         self._inbox = _Inbox(assembly)
         self._items = self._inbox
-        self._listening = _listen(address)
+        self._listening = listen(address)
         self.address = Address(address.host, self._listening.getsockname()[1])
         self._settings = settings
         self._listener: Listener | None = None
@@ -353,19 +351,6 @@ def _words(words: bytes) -> tuple[str, str]:
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
-
-
-def _listen(address: Address) -> socket.socket:
-    where = f"{address.host}:{address.port}"
-    try:
-        info = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(info[4], family=info[0], backlog=socket.SOMAXCONN)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise SourceError(
-                f"port {address.port} is in use; end what listens there, or take another"
-            ) from None
-        raise SourceError(f"cannot listen on {where}: {error.strerror}") from None
 
 
 def _check_tls(certificate: Path | None, key: Path | None, authority: Path | None) -> None:

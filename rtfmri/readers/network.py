@@ -1,6 +1,8 @@
 """Who may connect, and where a listener listens: the same rules for every network transport."""
 
+import errno
 import re
+import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
@@ -78,6 +80,24 @@ def parse_address(target: str, default_port: int, allowed: Allowed | None = None
             "?allow=192.0.2.7 or ?allow=192.0.2.0/24"
         )
     return Address(host, port)
+
+
+def listen(address: Address) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises
+    ------
+    SourceError
+        If that is not possible, naming the address.
+    """
+    try:
+        info = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(info[4], family=info[0], backlog=socket.SOMAXCONN)
+    except OSError as error:
+        why = error.strerror
+        if error.errno == errno.EADDRINUSE:
+            why = f"port {address.port} is in use; end what listens there, or take another"
+        raise SourceError(f"cannot listen on {address.host}:{address.port}: {why}") from None
 
 
 def _is_loopback(host: str) -> bool:

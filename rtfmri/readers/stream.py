@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from rtfmri.errors import GridError, RtfmriError, SourceError, VolumeError
 from rtfmri.readers import RunEnd, Skipped
 from rtfmri.readers.live import DEFAULT_TIMEOUT_S, LiveReader
-from rtfmri.readers.network import Address, Allowed
+from rtfmri.readers.network import Address, Allowed, listen
 from rtfmri.readers.replay import checked_tr
 from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels
 
@@ -446,23 +446,6 @@ class StreamReader(RunReader):
         with self._lock, suppress(ValueError):
             self._connections.remove(incoming)
         incoming.gone.set()
-
-
-def listen(address: Address) -> socket.socket:
-    """Return a socket that listens.
-
-    Raises
-    ------
-    SourceError
-        If that is not possible, naming the address.
-    """
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    try:
-        return socket.create_server((address.host, address.port), family=family)
-    except OSError as error:
-        raise SourceError(
-            f"cannot listen on {address.host}:{address.port}: {error.strerror or error}"
-        ) from error
 
 
 def _keep_alive(connection: socket.socket) -> None:
