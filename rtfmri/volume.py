@@ -30,6 +30,7 @@ AFFINE_TOLERANCE_MM = 1e-3
 """Grids whose corners differ by less than this are one grid (headers are rounded to text)."""
 
 
+OTHER_SHAPE = "another shape or position than the run's first volume"
 TR_TOLERANCE_S = 1e-4
 """TRs that differ by less are one TR."""
 
@@ -164,7 +165,7 @@ class Volume:
             If its shape, position, voxel type or TR is another.
         """
         if not self.grid.matches(grid):
-            raise VolumeError("another shape or position than the run's first volume")
+            raise VolumeError(OTHER_SHAPE)
         if self.data.dtype != dtype:
             raise VolumeError("another voxel type than the run's first volume")
         if tr_s is not None and abs(self.tr_s - tr_s) > TR_TOLERANCE_S:

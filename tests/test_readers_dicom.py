@@ -7,6 +7,7 @@ import subprocess
 import threading
 from dataclasses import fields
 from datetime import datetime, timedelta
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from dicom_files import (
     xa_slices,
 )
 from rtfmri.errors import SourceError, VolumeError
-from rtfmri.readers.dicom import Assembly, decode, locate
+from rtfmri.readers.dicom import Assembly, decode
 from rtfmri.readers.mosaic import Mosaics
 from rtfmri.readers.pieces import Decoder
 from rtfmri.readers.unpacking import Unpacker
@@ -299,10 +300,12 @@ def test_series_are_told_apart_without_their_identity():
     assert SERIES_UID not in first.series
 
 
-def test_locate_agrees_with_decode(tmp_path):
+def test_the_header_alone_tells_what_the_whole_file_does(tmp_path):
+    decoder = Decoder()
     for make in (mosaic, enhanced):
         (tmp_path / "a.dcm").write_bytes(to_bytes(make(3)))
-        place, decoded = locate(tmp_path / "a.dcm"), decode(tmp_path / "a.dcm")
+        (place,) = decoder.read(tmp_path / "a.dcm", voxels=False)
+        decoded = decode(tmp_path / "a.dcm", decoder=decoder)
         assert (place.index, place.series) == (decoded.volume.index, decoded.series)
 
 
@@ -358,7 +361,7 @@ def test_no_image_no_number_and_no_geometry_are_refused():
 
 def test_text_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("onset\tduration\n" * 50)
-    for read in (decode, locate):
+    for read in (decode, partial(Decoder().read, voxels=False)):
         with pytest.raises(VolumeError, match="is not DICOM"):
             read(tmp_path / "notes.txt")
     with pytest.raises(VolumeError, match="cannot be read"):

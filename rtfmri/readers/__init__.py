@@ -31,6 +31,10 @@ from rtfmri.errors import ConfigError, SourceError
 from rtfmri.readers.network import parse_allowed
 from rtfmri.volume import Volume
 
+OTHER_SERIES = "belongs to another series"
+CUT_SHORT = "is cut short"
+"""Reasons that several transports have."""
+
 _OWN_NAME = re.compile(r"(volume|object|file) \d+( \([0-9a-z ]+ slices\))?|an? [a-z]+|listener")
 _END_OF_NAME = re.compile(
     r"\d{0,6}(\.(dcm|ima|nii|nii\.gz|par|rec|tsv|txt|json))?$", re.IGNORECASE

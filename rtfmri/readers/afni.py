@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from rtfmri.errors import SourceError, VolumeError
 from rtfmri.readers import Skipped
-from rtfmri.readers.live import DEFAULT_TIMEOUT_S
 from rtfmri.readers.network import Address, Allowed, parse_address
 from rtfmri.readers.stream import (
     Incoming,
@@ -29,7 +28,7 @@ from rtfmri.readers.stream import (
     make_volume,
     parsing,
 )
-from rtfmri.volume import unflatten
+from rtfmri.volume import OTHER_SHAPE, unflatten
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ MARKER = b"Et Earello Endorenna utulien!!"
 """An image that begins with it is none: it ends the run, and new commands follow."""
 DATUMS = {"byte": "u1", "short": "i2", "int": "i4", "float": "f4", "double": "f8"}
 OTHER_SENDER = "comes from a second sender in the middle of a run"
-OTHER_SHAPE = "another shape or position than the run's first volume"
 _MAX_LISTENERS = 4
 _TRIES = 100
 _TAKEOVER_S = 1.0
@@ -83,18 +81,10 @@ class AfniReader(StreamReader):
     machine takes over.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        tr_s: float | None,
-        *,
-        count: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        allow: Allowed | None = None,
-    ) -> None:
+    def __init__(self, address: Address, tr_s: float | None, **options: Any) -> None:
         self._sender: Incoming | None = None
         self._shape: tuple[int, int, int] | None = None
-        super().__init__(address, tr_s, count=count, timeout_s=timeout_s, allow=allow)
+        super().__init__(address, tr_s, **options)
         try:
             self._listen(Address(address.host, self.address.port - 1))
         except SourceError:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rtfmri.errors import SourceError, VolumeError
 from rtfmri.readers import Skipped
 from rtfmri.readers.replay import checked_tr
-from rtfmri.volume import Grid, Volume, as_slice_times, as_voxels
+from rtfmri.volume import OTHER_SHAPE, Grid, Volume, as_slice_times, as_voxels
 
 T2STAR_MS = 47.0
 """Of grey matter at 3 T: the mean of its frontal (51.8) and occipital (41.6 ms) lobe, as Wansapura
@@ -20,7 +20,6 @@ et al. measured it (J Magn Reson Imaging 9:531, 1999)."""
 
 TWICE = "came twice"
 LATE = "came after its volume was given up"
-OTHER_SHAPE = "another shape or position than the run's first volume"
 OTHER_PLANE = "lies in another plane than the first slice"
 LACKS_SLICES = "lacks slices"
 UNKNOWN_SIZE = "is of a volume of unknown size; give slices=N"

@@ -22,7 +22,7 @@ from queue import Full, Queue
 from typing import Any, NamedTuple
 
 from rtfmri.errors import RtfmriError, SourceError
-from rtfmri.readers import RunEnd, Skipped
+from rtfmri.readers import CUT_SHORT, RunEnd, Skipped
 from rtfmri.readers.dicom import Assembly
 from rtfmri.readers.listener import (
     CUT,
@@ -245,7 +245,7 @@ class CstoreReader(LiveReader):
                 with self._answering:  # who has sent the last volume is told so, too
                     listener.answer(self._offer(item))
             elif message.kind == CUT:
-                self.put(Skipped("an object", "is cut short"))
+                self.put(Skipped("an object", CUT_SHORT))
             elif message.kind == READY:
                 self._ready.set()
             elif message.kind == PEER:

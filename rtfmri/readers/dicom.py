@@ -2,7 +2,6 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -10,13 +9,12 @@ from statistics import median
 from typing import NamedTuple
 
 from rtfmri.errors import RtfmriError, SourceError, VolumeError
-from rtfmri.readers import RunEnd, Skipped
+from rtfmri.readers import OTHER_SERIES, RunEnd, Skipped
 from rtfmri.readers.assembly import T2STAR_MS, Complete, Piece, Run
 from rtfmri.readers.pieces import Decoder, Unwanted
 from rtfmri.readers.replay import checked_tr
 from rtfmri.volume import Volume
 
-OTHER_SERIES = "belongs to another series"
 DERIVED = "is a derived image; give series=N to read it"
 
 _SILENCES = 2.5
@@ -28,36 +26,15 @@ _MOST_CANDIDATES = 8
 Item = Volume | Skipped | RunEnd
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a file belongs."""
-
-    series: str
-    """Digest of the SeriesInstanceUID: equal for files of one series, otherwise opaque."""
-    index: int
-    """Position of its volume in the run, from 0."""
-
-
 class Decoded(NamedTuple):
-    """A volume and the series it belongs to, as in `Place`."""
+    """A volume and the series it belongs to."""
 
     volume: Volume
     series: str
+    """Digest of the SeriesInstanceUID: equal for files of one series, otherwise opaque."""
 
 
 _decoder = Decoder()
-
-
-def locate(path: Path, decoder: Decoder = _decoder) -> Place:
-    """Read no more of a DICOM file than tells where its first volume belongs.
-
-    Raises
-    ------
-    VolumeError
-        If it is not DICOM, holds no magnitude image, or has no number.
-    """
-    piece = decoder.read(path, voxels=False)[0]
-    return Place(piece.series, _index(piece))
 
 
 def decode(

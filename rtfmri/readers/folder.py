@@ -23,15 +23,15 @@ from watchdog.events import (
 from watchdog.observers import Observer
 
 from rtfmri.errors import RtfmriError, SourceError, VolumeError
-from rtfmri.readers import RunEnd, Skipped
-from rtfmri.readers.assembly import OTHER_SHAPE, Complete, Piece, Run
-from rtfmri.readers.dicom import OTHER_SERIES, Assembly, Item
+from rtfmri.readers import OTHER_SERIES, RunEnd, Skipped
+from rtfmri.readers.assembly import Complete, Piece, Run
+from rtfmri.readers.dicom import Assembly, Item
 from rtfmri.readers.live import DEFAULT_TIMEOUT_S, Progress
 from rtfmri.readers.nifti import SUFFIXES, load_volume, replay_3d
 from rtfmri.readers.parrec import is_par, read_par, rec_of
 from rtfmri.readers.pieces import NOT_DICOM, Decoder, Unwanted, plain_errors
 from rtfmri.readers.replay import Replay, Step, checked_tr, natural_key, stamped
-from rtfmri.volume import Volume
+from rtfmri.volume import OTHER_SHAPE, Volume
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,15 @@ for one byte that tells whether it was taken.
 """
 
 import json
-import os
 import socket
 import ssl
 import struct
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from rtfmri.readers.child import start_child
 
 HEADER = struct.Struct("!cdQ")
 """Kind of message, when its last byte was here, number of bytes that follow.
@@ -82,16 +82,9 @@ class Listener:
         with theirs:
             sockets = {"listening": listening.fileno(), "channel": theirs.fileno()}
             told = Settings(**{**asdict(settings), **sockets})
-            paths = [str(Path(path).absolute()) for path in sys.path]
             try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "rtfmri.readers.scp", told.to_json()],
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                    pass_fds=list(sockets.values()),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,  # a traceback can quote headers
-                    start_new_session=True,  # Ctrl-C is for the run
+                self._process = start_child(
+                    "rtfmri.readers.scp", told.to_json(), pass_fds=list(sockets.values())
                 )
             except OSError:
                 self._channel.close()

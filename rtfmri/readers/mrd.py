@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.errors import VolumeError
-from rtfmri.readers import Skipped
+from rtfmri.readers import CUT_SHORT, Skipped
 from rtfmri.readers.network import Allowed, parse_address
 from rtfmri.readers.stream import (
-    CUT_SHORT,
     NO_GEOMETRY,
     Incoming,
     Item,

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from rtfmri.errors import VolumeError
-from rtfmri.readers import Skipped
+from rtfmri.readers import CUT_SHORT, Skipped
 from rtfmri.readers.network import Address, Allowed, parse_address
 from rtfmri.readers.stream import (
-    CUT_SHORT,
     MAX_HEADER_BYTES,
     MAX_INDEX,
     Incoming,

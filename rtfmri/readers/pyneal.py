@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from rtfmri.errors import SourceError, VolumeError
-from rtfmri.readers import Skipped
+from rtfmri.readers import CUT_SHORT, Skipped
 from rtfmri.readers.network import Address, Allowed, parse_address
 from rtfmri.readers.stream import (
-    CUT_SHORT,
     INTRODUCTION_S,
     MAX_HEADER_BYTES,
     MAX_INDEX,

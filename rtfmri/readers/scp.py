@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import resource
 import selectors
 import socket
 import ssl
@@ -40,6 +39,7 @@ from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.sop_class import Verification
 from pynetdicom.transport import AssociationServer, AssociationSocket, RequestHandler
 
+from rtfmri.readers.child import limit_child
 from rtfmri.readers.listener import (
     CUT,
     HEADER,
@@ -493,8 +493,7 @@ class _Lobby:
 def main() -> None:
     """Serve until standard input ends."""
     settings = Settings(**json.loads(sys.argv[1]))
-    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would hold what patients are called
+    limit_child(_MEMORY_BYTES)
     threading.stack_size(512 << 10)  # counts as memory, twice for each association
     logging.disable()
     _config.LOG_HANDLER_LEVEL = "none"

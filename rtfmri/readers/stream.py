@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rtfmri.errors import GridError, RtfmriError, SourceError, VolumeError
-from rtfmri.readers import RunEnd, Skipped
+from rtfmri.readers import CUT_SHORT, OTHER_SERIES, RunEnd, Skipped
 from rtfmri.readers.live import DEFAULT_TIMEOUT_S, LiveReader
 from rtfmri.readers.network import Address, Allowed, listen
 from rtfmri.readers.replay import checked_tr
@@ -40,8 +40,6 @@ _MIDNIGHT_S = 86400.0
 
 STRANGER = "does not speak this protocol"
 BROKEN = "broke the protocol"
-CUT_SHORT = "is cut short"
-OTHER_SERIES = "belongs to another series"
 NO_GEOMETRY = "has no usable geometry"
 SAID_SO = "the scanner said so"
 
@@ -132,6 +130,8 @@ class RunReader(LiveReader):
         Repetition time in seconds; the headers' by default.
     count, timeout_s
         As for `LiveReader`.
+    allow : Allowed, optional
+        Who may connect; this machine by default.
     """
 
     def __init__(
@@ -140,9 +140,11 @@ class RunReader(LiveReader):
         *,
         count: int | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        allow: Allowed | None = None,
     ) -> None:
         super().__init__(count=count, timeout_s=timeout_s)
         self._tr_s = tr_s
+        self._allow = allow or Allowed()
         self._lock = threading.RLock()
         self._forget_run()
 
@@ -323,10 +325,8 @@ class StreamReader(RunReader):
     ----------
     address : Address
         Where to listen.
-    tr_s, count, timeout_s
+    tr_s, **options
         As for `RunReader`.
-    allow : Allowed, optional
-        Who may connect; this machine by default.
 
     Attributes
     ----------
@@ -339,17 +339,8 @@ class StreamReader(RunReader):
         If one cannot listen there.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        tr_s: float | None,
-        *,
-        count: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        allow: Allowed | None = None,
-    ) -> None:
-        super().__init__(tr_s, count=count, timeout_s=timeout_s)
-        self._allow = allow or Allowed()
+    def __init__(self, address: Address, tr_s: float | None, **options: Any) -> None:
+        super().__init__(tr_s, **options)
         self._refused: set[str] = set()
         self._connections: list[Incoming] = []
         self._listeners: dict[int, tuple[socket.socket, threading.Thread]] = {}

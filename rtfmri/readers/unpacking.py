@@ -18,6 +18,7 @@ import pydicom
 from numpy.typing import NDArray
 
 from rtfmri.errors import VolumeError
+from rtfmri.readers.child import limit_child, start_child
 
 CUT_SHORT = "is cut short, or its image does not fit its header"
 NEEDS_A_DECODER = "is compressed, which needs pip install 'rtfmri[dicom]'"
@@ -79,15 +80,7 @@ class Unpacker:
         if self._process and self._process.poll() is not None:
             self.close()
         if not self._process:
-            paths = [os.path.abspath(path) for path in sys.path]  # noqa: PTH100
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rtfmri.readers.unpacking"],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the run
-            )
+            self._process = start_child("rtfmri.readers.unpacking", stdout=subprocess.PIPE)
         return self._process
 
 
@@ -119,13 +112,10 @@ def _exactly(stream: Any, n_bytes: int) -> bytes:
 
 
 def _serve() -> None:
-    import resource
-
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.pixels.utils import pixel_array
 
-    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_child(_MEMORY_BYTES)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for decoders that print
     while True:

@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rtfmri.errors import SourceError
-from rtfmri.readers.live import DEFAULT_TIMEOUT_S
-from rtfmri.readers.network import Address, Allowed
+from rtfmri.readers.network import Address
 from rtfmri.readers.stream import (
     INTRODUCTION_S,
     MAX_HEADER_BYTES,
@@ -54,10 +53,8 @@ class ZmqReader(RunReader):
         Where to listen.
     kind : str
         Of the socket: "PULL" or "PAIR".
-    tr_s, count, timeout_s
+    tr_s, **options
         As for `RunReader`.
-    allow : Allowed, optional
-        Who may connect; this machine by default.
 
     Attributes
     ----------
@@ -70,19 +67,9 @@ class ZmqReader(RunReader):
         If pyzmq is not installed, or one cannot listen there.
     """
 
-    def __init__(
-        self,
-        address: Address,
-        kind: str,
-        tr_s: float | None,
-        *,
-        count: int | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        allow: Allowed | None = None,
-    ) -> None:
+    def __init__(self, address: Address, kind: str, tr_s: float | None, **options: Any) -> None:
         self._zmq = import_zmq()
-        super().__init__(tr_s, count=count, timeout_s=timeout_s)
-        self._allow = allow or Allowed()
+        super().__init__(tr_s, **options)
         self._context = self._zmq.Context()
         self._door = self._context.socket(self._zmq.REP)
         self._door.bind("inproc://zeromq.zap.01")
