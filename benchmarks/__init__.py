@@ -16,33 +16,34 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Device
 from rtfmri.errors import ConfigError
 
-from . import baseline, chain, glm, kernels, latency, motion, transports
-from .measure import open_clock
-from .tables import rich_tables
+from . import chain, kernels, latency, peers, scaling, transports
+from .measure import Plan, Tables, open_clock
+from .tables import FORMAT, rich_tables
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FORMAT = "rtfmri-benchmark-1"
 GRIDS = ((64, 64, 36), (104, 104, 72), (192, 192, 84))
 
 SUITES = {
     "kernels": "every operation of the backend: time, GB/s, share of the memory bandwidth",
-    "baseline": "fused baseline + PSC + z against NumPy; cost per volume from volume 10 to 10,000",
-    "motion": "motion correction against python-rtspm and SimpleITK, smoothing against scipy",
-    "glm": "a step of the GLM against an incremental GLM in NumPy and a refit by nilearn; AR(1)",
     "chain": "a volume's whole way, from a mosaic's pixels to the ROIs' values, step by step",
-    "latency": "arrival to result in a paced session, with and without recording",
-    "transports": "from a scanner's side to a decoded volume: folder, C-STORE, and each stream",
+    "peers": "each stage, and all together, beside whatever else does the same work",
+    "scaling": "what a volume costs as the run, the grid, the design, the regions grow",
+    "latency": "from the scanner's side to the result, through every transport, at any TR",
 }
-_RUNNERS = {
-    "kernels": kernels.run,
-    "baseline": baseline.run,
-    "motion": motion.run,
-    "glm": glm.run,
-    "chain": chain.run,
-    "latency": latency.run,
-    "transports": transports.run,
+_MODULES = {
+    "kernels": (kernels,),
+    "chain": (chain,),
+    "peers": (peers,),
+    "scaling": (scaling,),
+    "latency": (latency, transports),
+}
+LAYOUTS = {
+    name: layout
+    for modules in _MODULES.values()
+    for module in modules
+    for name, layout in module.LAYOUTS.items()
 }
 
 
@@ -53,6 +54,7 @@ def run(
     suites: Sequence[str] = tuple(SUITES),
     progress: Callable[[str], None] = lambda _: None,
     rounds: int = 8,
+    minutes: float = 1.0,
 ) -> dict[str, Any]:
     """Run benchmark suites on this machine.
 
@@ -68,6 +70,8 @@ def run(
         Called with a few words before each step.
     rounds : int
         How often the things to compare take turns; times are medians over the turns.
+    minutes : float
+        How long a TR must be sustained, and the soak lasts.
 
     Returns
     -------
@@ -85,10 +89,11 @@ def run(
         raise ConfigError(f"suites must be of {', '.join(SUITES)}; got {', '.join(unknown)}")
     backend = open_backend(cast(Device, device))
     backend.warm("int16")
-    clock = open_clock(backend)
-    tables: dict[str, list[dict[str, Any]]] = {}
+    plan = Plan(backend, open_clock(backend), grids, rounds, minutes, progress)
+    tables: Tables = {}
     for suite in suites:
-        tables |= _RUNNERS[suite](backend, clock, grids, rounds, progress)
+        for module in _MODULES[suite]:
+            tables |= module.run(plan)
     return {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -102,7 +107,7 @@ def run(
 
 def table(report: dict[str, Any]) -> "list[Table]":
     """Return a report's tables for the terminal."""
-    return rich_tables(report)
+    return rich_tables(report, LAYOUTS)
 
 
 def _revision() -> str | None:

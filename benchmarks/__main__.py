@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import SUITES, run
+from . import LAYOUTS, SUITES, run
 from .tables import file_name, markdown, write_readme
 
 
@@ -16,20 +16,23 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--suites", nargs="+", choices=tuple(SUITES), default=tuple(SUITES))
+    parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--out", type=Path, help="folder for the JSON; its name says the rest")
     parser.add_argument(
         "--readme", action="store_true", help="measure nothing, write results/ into README.md"
     )
     options = parser.parse_args()
     if options.readme:
-        write_readme()
+        write_readme(LAYOUTS)
         return
 
     def progress(step: str) -> None:
         print(step, file=sys.stderr, flush=True)
 
-    report = run(device=options.device, suites=options.suites, progress=progress)
-    print(markdown(report))
+    report = run(
+        device=options.device, suites=options.suites, minutes=options.minutes, progress=progress
+    )
+    print(markdown(report, LAYOUTS))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1) + "\n"

@@ -1,7 +1,7 @@
 """The whole path of a volume: from a Siemens mosaic's pixels to the ROIs' values."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from itertools import cycle
@@ -16,8 +16,9 @@ from rtfmri.paradigm import Event, Paradigm
 from rtfmri.pipeline import Pipeline, Result
 from rtfmri.volume import Grid, Volume, tiled, untiled
 
-from .measure import Clock, grid_name
+from .measure import Clock, Plan, Tables, grid_name
 from .phantom import Phantom, drifting
+from .tables import Layout, number, text
 
 N_PUSHES = 200
 """Volumes that are timed with hot and with cold caches each, after `_FIRST` that are not."""
@@ -31,18 +32,28 @@ _TASKS, _BLOCK_S = ("left", "right"), 15.0
 TOTAL, FILE = "total", "decode of a DICOM file"
 
 
-def run(
-    backend: Backend,
-    clock: Clock,
-    grids: Sequence[tuple[int, int, int]],
-    rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the table ``chain``, one a grid and step; *rounds* is not for it."""
+LAYOUTS = {
+    "chain": Layout(
+        "A volume's whole way, from a mosaic's pixels to the ROIs' values",
+        (
+            ("grid", text("grid")),
+            ("step", text("step")),
+            *(
+                (f"{caches} {name}", number(3, caches, f"{name}_ms"))
+                for caches in ("hot", "cold")
+                for name in ("p50", "p99", "min")
+            ),
+        ),
+    ),
+}
+
+
+def run(plan: Plan) -> Tables:
+    """Return the rows of the table ``chain``, one a grid and step."""
     rows = []
-    for shape in grids:
-        progress(f"the whole chain, {grid_name(shape)}")
-        rows += _rows(backend, clock, shape)
+    for shape in plan.grids:
+        plan.progress(f"the whole chain, {grid_name(shape)}")
+        rows += _rows(plan.backend, plan.clock, shape)
     return {"chain": rows}
 
 

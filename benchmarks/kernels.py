@@ -1,6 +1,6 @@
 """Every operation of the backend: time, bytes a second, and the share of what memory allows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -28,9 +28,20 @@ from rtfmri.stages.region import copied_to, region_of
 from rtfmri.stages.smoothing import gaussian_taps
 from rtfmri.volume import VOXEL_DTYPES
 
-from .glm import N_COLUMNS, central
-from .measure import Call, Clock, Listener, gb_per_s, grid_name, statistics_ms, take_turns
+from .measure import (
+    Call,
+    Clock,
+    Listener,
+    Plan,
+    Tables,
+    gb_per_s,
+    grid_name,
+    statistics_ms,
+    take_turns,
+)
+from .peers.glm import N_COLUMNS, central
 from .phantom import Phantom, rigid
+from .tables import Layout, number, percent, text
 
 WINDOW = 20
 _GAIN = 1e-3
@@ -317,21 +328,38 @@ def _sphere(backend: Backend, shape: Sequence[int]) -> RoiTable:
     return RoiTable(*(backend.copy(part) for part in (offsets, voxels, weights)))
 
 
-def run(
-    backend: Backend,
-    clock: Clock,
-    grids: Sequence[tuple[int, int, int]],
-    rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
+LAYOUTS = {
+    "kernels": Layout(
+        "Operations, hot caches against a stream of the same size, cold ones against main memory",
+        (
+            ("grid", text("grid")),
+            ("operation", text("operation")),
+            ("voxels", text("dtype")),
+            ("B/voxel", number(0, "bytes_per_voxel")),
+            ("hot ms", number(4, "hot", "median_ms")),
+            ("min", number(4, "hot", "min_ms")),
+            ("p95", number(4, "hot", "p95_ms")),
+            ("GB/s", number(1, "hot", "gb_s")),
+            ("stream GB/s", number(1, "hot", "stream_gb_s")),
+            ("share", percent("hot", "share")),
+            ("cold ms", number(4, "cold", "median_ms")),
+            ("GB/s", number(1, "cold", "gb_s")),
+            ("memory GB/s", number(1, "cold", "stream_gb_s")),
+            ("share", percent("cold", "share")),
+        ),
+    ),
+}
+
+
+def run(plan: Plan) -> Tables:
     """Return the rows of the table ``kernels``, one an operation and grid."""
     for dtype in VOXEL_DTYPES:
-        backend.warm(dtype)
+        plan.backend.warm(dtype)
     rows = []
-    for shape in grids:
-        progress(f"kernels, {grid_name(shape)}")
-        for case in cases(backend, shape):
-            rows.append({"grid": grid_name(shape), **_row(case, clock, rounds)})
+    for shape in plan.grids:
+        plan.progress(f"kernels, {grid_name(shape)}")
+        for case in cases(plan.backend, shape):
+            rows.append({"grid": grid_name(shape), **_row(case, plan.clock, plan.rounds)})
     return {"kernels": rows}
 
 

@@ -3,7 +3,7 @@
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from rtfmri.backends import Backend
 from rtfmri.config import Config, MaskSettings
 from rtfmri.volume import Volume
 
-from .measure import Clock, grid_name
+from .measure import Plan, Tables, grid_name
 from .phantom import Phantom, drifting
+from .tables import Layout, number, text
 
 PACE_S = 0.02
 N_VOLUMES = 100
@@ -57,25 +58,36 @@ class Memory:
         self._closed.set()
 
 
-def run(
-    backend: Backend,
-    clock: Clock,
-    grids: Sequence[tuple[int, int, int]],
-    rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the table ``latency``; *clock* and *rounds* are not for it."""
+LAYOUTS = {
+    "latency": Layout(
+        "Arrival to result in a session",
+        (
+            ("grid", text("grid")),
+            ("recorded", lambda row: "yes" if row["recorded"] else "no"),
+            ("a volume every ms", number(0, "pace_ms")),
+            ("p50 ms", number(2, "p50_ms")),
+            ("p95", number(2, "p95_ms")),
+            ("p99", number(2, "p99_ms")),
+            ("max", number(2, "max_ms")),
+            ("first volume", number(1, "first_ms")),
+        ),
+    ),
+}
+
+
+def run(plan: Plan) -> Tables:
+    """Return the rows of the table ``latency``."""
     if not find_spec("h5py"):
         return {"latency": [{"skipped": "h5py is not installed"}]}
     rows = []
-    for shape in grids:
+    for shape in plan.grids:
         if 2 * np.prod(shape) > _LARGEST_BYTES:
             continue
-        progress(f"latency, {grid_name(shape)}")
+        plan.progress(f"latency, {grid_name(shape)}")
         latencies_ms: dict[bool, list[float]] = {False: [], True: []}
         first_ms: dict[bool, float] = {}
         for recorded in (False, True, False, True):
-            values = _session(backend, shape, recorded)
+            values = _session(plan.backend, shape, recorded)
             first_ms.setdefault(recorded, values[0])
             latencies_ms[recorded] += values[min(_FIRST, len(values) // 2) :]
         for recorded, values in latencies_ms.items():

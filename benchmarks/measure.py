@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +16,11 @@ Call = Callable[[], object]
 Timer = Callable[[], float]
 """Does something once and returns the seconds it took."""
 _Name = TypeVar("_Name", bound=Hashable)
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+"""Rows by the name of their table."""
 
+_N_PARTS = 4
 HOT_TURN, COLD_TURN = 10, 2
 """Timed calls a turn; with hot caches one more comes before them, to make the caches its own."""
 
@@ -134,6 +139,33 @@ class _DeviceCopy:
         self._to.data.copy_from_device_async(self._from.data, self._from.nbytes, self._stream)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the suites are to measure, and on what.
+
+    Attributes
+    ----------
+    backend : Backend
+    clock : Clock
+        For what the backend does.
+    grids : sequence of (int, int, int)
+        Shapes x, y, z of the volumes.
+    rounds : int
+        How often the things to compare take turns.
+    minutes : float
+        How long what is to go well for long must go well.
+    progress : callable
+        Called with a few words before each step.
+    """
+
+    backend: Backend
+    clock: Clock
+    grids: Sequence[tuple[int, int, int]]
+    rounds: int
+    minutes: float
+    progress: Callable[[str], None]
+
+
 def open_clock(backend: Backend) -> Clock:
     """Return the clock for what *backend* does."""
     return CudaClock(backend) if backend.name == "cuda" else HostClock()
@@ -184,13 +216,40 @@ def take_turns(
 
 
 def statistics_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, minimum and 95th percentile in ms."""
+    """Return median, minimum and 95th percentile in ms, and the median's `noise`."""
     times_ms = 1e3 * np.array(seconds)
     return {
         "median_ms": float(np.median(times_ms)),
         "min_ms": float(times_ms.min()),
         "p95_ms": float(np.percentile(times_ms, 95)),
+        "noise": noise(seconds),
     }
+
+
+def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """Return p50, p95, p99, maximum and minimum in ms, and the median's `noise`."""
+    times_ms = 1e3 * np.array(seconds)
+    p50, p95, p99 = np.percentile(times_ms, [50, 95, 99])
+    return {
+        "p50_ms": float(p50),
+        "p95_ms": float(p95),
+        "p99_ms": float(p99),
+        "max_ms": float(times_ms.max()),
+        "min_ms": float(times_ms.min()),
+        "noise": noise(seconds),
+    }
+
+
+def noise(values: Sequence[float]) -> float:
+    """Return by how much a median of *values* wanders during a run, as a part of it.
+
+    It is half the range of the medians of `_N_PARTS` parts of the run, in their order; 0 where
+    there are too few values to tell.
+    """
+    if len(values) < 2 * _N_PARTS:
+        return 0.0
+    medians = [float(np.median(part)) for part in np.array_split(values, _N_PARTS)]
+    return (max(medians) - min(medians)) / 2 / statistics.median(values)
 
 
 def gb_per_s(n_bytes: float, seconds: Sequence[float]) -> float:

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,11 @@ from unittest import mock
 
 import numpy as np
 
-from rtfmri.backends import Backend
 from rtfmri.errors import RtfmriError
 from rtfmri.volume import Volume, as_voxels, untiled
 
-from .measure import Clock, grid_name
+from .measure import Plan, Tables, grid_name
+from .tables import Layout, number, text
 
 SHAPES = ((64, 64, 48), (104, 104, 72))
 """384 KB, and a multiband volume."""
@@ -62,21 +61,42 @@ TRANSPORTS = (
 )
 
 
-def run(
-    backend: Backend,
-    clock: Clock,
-    grids: Sequence[tuple[int, int, int]],
-    rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the tables ``transports`` and ``decode``; no argument but one is for it.
+LAYOUTS = {
+    "transports": Layout(
+        "From the scanner's side, in another process, to a decoded volume",
+        (
+            ("transport", text("transport")),
+            ("grid", text("grid")),
+            ("KB", number(0, "kb")),
+            ("n", number(0, "n")),
+            ("lost", number(0, "lost")),
+            ("from first byte, p50 ms", number(2, "first_byte", "p50_ms")),
+            ("p95", number(2, "first_byte", "p95_ms")),
+            ("from last byte, p50 ms", number(2, "last_byte", "p50_ms")),
+            ("p95", number(2, "last_byte", "p95_ms")),
+        ),
+    ),
+    "decode": Layout(
+        "Decoding a Siemens mosaic, against reading the file and cutting it up alone",
+        (
+            ("grid", text("grid")),
+            ("read + cut ms", number(3, "bare_ms")),
+            ("decode ms", number(3, "median_ms")),
+            ("times", number(2, "times")),
+        ),
+    ),
+}
+
+
+def run(plan: Plan) -> Tables:
+    """Return the rows of the tables ``transports`` and ``decode``.
 
     Volumes have sizes of their own: what a transport costs does not depend on the backend.
     """
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         for transport in TRANSPORTS:
-            progress(f"transports, {transport.name}, {grid_name(shape)}")
+            plan.progress(f"transports, {transport.name}, {grid_name(shape)}")
             folder = transport.source.startswith("folder:")
             try:
                 sent_s, returned_s, volumes = _transfer(transport, shape)
@@ -102,7 +122,7 @@ def run(
                     ),
                 }
             )
-    progress("decode")
+    plan.progress("decode")
     try:
         decoded = [_decode(shape) for shape in SHAPES]
     except ImportError as error:

@@ -669,6 +669,9 @@ def bench(
         str, typer.Option(help="Grids, as 64x64x36,104x104x72.")
     ] = "64x64x36,104x104x72,192x192x84",
     device: DeviceOption = Device.auto,
+    minutes: Annotated[
+        float, typer.Option(help="How long a TR must be sustained, and the soak lasts.", min=0.01)
+    ] = 1.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures and the machine here.")
     ] = None,
@@ -681,6 +684,7 @@ def bench(
             device=device.value,
             grids=grids,
             suites=suite or list(suites.SUITES),
+            minutes=minutes,
             progress=status.update,
         )
     for table in suites.table(figures):
@@ -702,6 +706,8 @@ def _parse_grid(text: str) -> tuple[int, int, int]:
 
 def load_benchmarks() -> Any:
     """Return the benchmark suites: inside an installed package, beside it in a checkout."""
+    if "rtfmri_benchmarks" in sys.modules:
+        return sys.modules["rtfmri_benchmarks"]
     package = Path(__file__).resolve().parent
     for folder in (package / "_benchmarks", package.parent / "benchmarks"):
         if (folder / "__init__.py").is_file():

@@ -23,12 +23,16 @@ EPS = float(np.finfo(np.float32).eps)
 
 
 benchmarks = load_benchmarks()
-baseline, chain, glm, kernels, latency, measure, motion, phantom, tables, transports = (
+chain, kernels, latency, measure, phantom, scaling, tables, transports = (
     importlib.import_module(f"{benchmarks.__name__}.{name}")
     for name in (
-        *("baseline", "chain", "glm", "kernels", "latency"),
-        *("measure", "motion", "phantom", "tables", "transports"),
+        *("chain", "kernels", "latency", "measure"),
+        *("phantom", "scaling", "tables", "transports"),
     )
+)
+baseline, glm, motion = (
+    importlib.import_module(f"{benchmarks.__name__}.peers.{name}")
+    for name in ("baseline", "glm", "motion")
 )
 PEERS = motion.PEERS
 
@@ -37,7 +41,7 @@ PEERS = motion.PEERS
 def short():
     """Let the suites do little: what they tell is not looked at for its size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baseline, "FLAT_AT", (10, 20, 30))
+        patch.setattr(scaling, "FLAT_AT", (10, 20, 30))
         patch.setattr(chain, "N_PUSHES", 3)
         patch.setattr(motion, "MOST_VOLUMES", 3)
         patch.setattr(motion, "PEERS", (motion.Tool("absent", "no_such_package", None),))
@@ -60,9 +64,9 @@ def report(short):
 
 def test_every_suite_gives_rows_for_every_grid(report):
     assert report["device"] == "cpu"
-    assert set(report["tables"]) == set(tables.LAYOUTS)
+    assert set(report["tables"]) == set(benchmarks.LAYOUTS)
     grids = {"16x16x12", "20x18x14"}
-    for name in set(tables.LAYOUTS) - {"flat"}:
+    for name in set(benchmarks.LAYOUTS) - {"flat"}:
         assert {row["grid"] for row in report["tables"][name]} == grids
     assert [row["baseline"] for row in report["tables"]["flat"]] == [
         "cumulative",
@@ -110,7 +114,9 @@ def test_report_is_json_without_paths_and_makes_the_same_tables_again(report):
     text = json.dumps(report, allow_nan=False)
     assert str(Path.home()) + os.sep not in text
     assert str(Path.cwd()) not in text
-    assert tables.markdown(json.loads(text)) == tables.markdown(report)
+    assert tables.markdown(json.loads(text), benchmarks.LAYOUTS) == tables.markdown(
+        report, benchmarks.LAYOUTS
+    )
     shown = benchmarks.table(report)
     assert [table.row_count for table in shown] == [
         len(rows) for rows in report["tables"].values()
@@ -120,10 +126,10 @@ def test_report_is_json_without_paths_and_makes_the_same_tables_again(report):
 def test_only_the_suites_asked_for_run_and_progress_is_told(short):
     steps = []
     report = benchmarks.run(
-        device="cpu", grids=GRIDS[:1], suites=["latency"], progress=steps.append, rounds=1
+        device="cpu", grids=GRIDS[:1], suites=["kernels"], progress=steps.append, rounds=1
     )
-    assert list(report["tables"]) == ["latency"]
-    assert steps == ["latency, 16x16x12"]
+    assert list(report["tables"]) == ["kernels"]
+    assert steps == ["kernels, 16x16x12"]
 
 
 def test_latency_is_skipped_with_its_reason_without_h5py(monkeypatch):
@@ -131,7 +137,7 @@ def test_latency_is_skipped_with_its_reason_without_h5py(monkeypatch):
     report = benchmarks.run(device="cpu", grids=GRIDS[:1], suites=["latency"])
     assert report["tables"]["latency"] == [{"skipped": "h5py is not installed"}]
     assert "skipped: h5py is not installed" in benchmarks.table(report)[0].title
-    assert "skipped: h5py is not installed" in tables.markdown(report)
+    assert "skipped: h5py is not installed" in tables.markdown(report, benchmarks.LAYOUTS)
 
 
 def test_a_suite_that_is_none_is_refused_before_anything_runs():
@@ -428,13 +434,18 @@ def test_file_name_says_date_machine_and_device(device, cpu, gpu, expected):
 def test_newest_report_of_each_machine_is_the_one_shown(tmp_path):
     for date, name in pairwise(["2026-01-01", "a", "2026-02-01", "a", "2026-01-15", "b"]):
         if name in "ab":
-            (tmp_path / f"{date}_{name}_cpu.json").write_text(json.dumps(f"{date} {name}"))
-    assert sorted(tables.newest_reports(tmp_path)) == ["2026-01-15 b", "2026-02-01 a"]
+            written = {"format": tables.FORMAT, "date": date}
+            (tmp_path / f"{date}_{name}_cpu.json").write_text(json.dumps(written))
+    (tmp_path / "2026-03-01_c_cpu.json").write_text('{"format": "rtfmri-benchmark-1"}')
+    found = [report["date"] for report in tables.newest_reports(tmp_path)]
+    assert sorted(found) == ["2026-01-15", "2026-02-01"]
 
 
 def test_readme_holds_the_tables_that_its_results_make():
     text = (tables.FOLDER / "README.md").read_text(encoding="utf-8")
-    assert text == tables.readme(text, tables.newest_reports(tables.FOLDER / "results"))
+    assert text == tables.readme(
+        text, tables.newest_reports(tables.FOLDER / "results"), benchmarks.LAYOUTS
+    )
 
 
 def test_phantom_is_sampled_where_the_head_moved():
@@ -516,7 +527,7 @@ def test_motion_rows_hold_what_they_compare_and_say_which_peer_is_missing(report
         assert ours["together_ms"] == ours["estimate_ms"] + ours["reslice_ms"]
         assert ours["times_ours"] == 1
         assert absent["tool"] == "no_such_package is not installed"
-        assert tables.cells("motion", [absent])[0][2:] == ["-"] * 9
+        assert tables.cells(benchmarks.LAYOUTS["motion"], [absent])[0][2:] == ["-"] * 9
 
 
 @pytest.mark.parametrize("package", ["rtspm", "SimpleITK"])
@@ -654,10 +665,10 @@ def test_peers_are_timed_on_one_thread_of_blas_too():
 def test_glm_is_timed_without_nilearn_and_leaves_its_refit_out(monkeypatch, short):
     monkeypatch.setitem(sys.modules, "nilearn", None)
     monkeypatch.setattr(glm, "find_spec", lambda name: None)
-    report = benchmarks.run(device="cpu", grids=[SMALL], suites=["glm"], rounds=1)
+    report = benchmarks.run(device="cpu", grids=[SMALL], suites=["peers"], rounds=1)
     first = report["tables"]["glm"][0]
     assert set(first["times_faster"]) == {"iglm", "iglm_in_place"}
-    assert tables.cells("glm", [first])[0][-2:] == ["-", "-"]
+    assert tables.cells(benchmarks.LAYOUTS["glm"], [first])[0][-2:] == ["-", "-"]
 
 
 def test_series_too_large_for_memory_are_not_refitted(monkeypatch):
@@ -673,7 +684,7 @@ def test_glm_rows_say_what_is_asked_and_what_it_costs(report):
         ("cold", "1 t", 116),
         ("cold", "3 t + 1 F", 128),
     ]
-    assert tables.cells("glm", [rows[1]])[0][-6:] == ["-"] * 6
+    assert tables.cells(benchmarks.LAYOUTS["glm"], [rows[1]])[0][-6:] == ["-"] * 6
     for row in report["tables"]["glm_cost"]:
         assert row["times_ols"] == pytest.approx(row["ar1"]["push_ms"] / row["ols"]["push_ms"])
         assert row["n_classes"] > 5

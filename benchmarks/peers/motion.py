@@ -21,8 +21,9 @@ from rtfmri.stages.motion import MotionStage
 from rtfmri.stages.smoothing import SmoothingStage
 from rtfmri.volume import Grid
 
-from .measure import Call, Clock, HostClock, grid_name, take_turns
-from .phantom import Phantom, deviation_mm, jumps, rigid, walk
+from ..measure import Call, Clock, HostClock, Plan, Tables, grid_name, take_turns
+from ..phantom import Phantom, deviation_mm, jumps, rigid, walk
+from ..tables import Layout, number, text
 
 MOST_VOLUMES, FEWEST_VOLUMES = 40, 8
 _MOST_VOXELS = 12_000_000
@@ -249,21 +250,44 @@ PEERS = (
 )
 
 
-def run(
-    backend: Backend,
-    clock: Clock,
-    grids: Sequence[tuple[int, int, int]],
-    rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
+LAYOUTS = {
+    "motion": Layout(
+        "Motion correction of the same volumes: error over a sphere of 50 mm, time of a volume",
+        (
+            ("grid", text("grid")),
+            ("tool", text("tool")),
+            ("volumes", number(0, "n_volumes")),
+            ("error rms mm", number(4, "rms_mm")),
+            ("largest", number(4, "max_mm")),
+            ("after 6 mm, 6 degrees", number(4, "jump_mm")),
+            ("with activation", number(4, "active_mm")),
+            ("estimate ms", number(2, "estimate_ms")),
+            ("reslice ms", number(2, "reslice_ms")),
+            ("together ms", number(2, "together_ms")),
+            ("times ours", number(1, "times_ours")),
+        ),
+    ),
+    "smoothing": Layout(
+        "Smoothing with FWHM 6 mm, caches cold: ours against scipy.ndimage.gaussian_filter",
+        (
+            ("grid", text("grid")),
+            ("ms", number(3, "median_ms")),
+            ("scipy ms", number(2, "scipy_ms")),
+            ("times", number(1, "times_faster")),
+        ),
+    ),
+}
+
+
+def run(plan: Plan) -> Tables:
     """Return the rows of the tables ``motion`` and ``smoothing``."""
     motion, smoothing = [], []
-    for shape in grids:
-        progress(f"motion correction, {grid_name(shape)}")
-        motion += compare_correctors(backend, shape)
-    for shape in grids:
-        progress(f"smoothing, {grid_name(shape)}")
-        smoothing.append(_compare_smoothing(backend, clock, shape, rounds))
+    for shape in plan.grids:
+        plan.progress(f"motion correction, {grid_name(shape)}")
+        motion += compare_correctors(plan.backend, shape)
+    for shape in plan.grids:
+        plan.progress(f"smoothing, {grid_name(shape)}")
+        smoothing.append(_compare_smoothing(plan.backend, plan.clock, shape, plan.rounds))
     return {"motion": motion, "smoothing": smoothing}
 
 

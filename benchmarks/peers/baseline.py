@@ -1,33 +1,32 @@
-"""The baseline step against NumPy, and its cost per volume as a run grows long."""
+"""The baseline step against NumPy."""
 
-import os
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Backend, Moments, Subtraction, open_backend
-from rtfmri.config import BaselineKind, BaselineSettings, Config
-from rtfmri.pipeline import Pipeline
-from rtfmri.volume import Volume
 
-from .measure import Call, Clock, HostClock, gb_per_s, grid_name, statistics_ms, take_turns
-from .phantom import Phantom, drifting
+from ..measure import (
+    Call,
+    Clock,
+    HostClock,
+    Plan,
+    Tables,
+    gb_per_s,
+    grid_name,
+    statistics_ms,
+    take_turns,
+)
+from ..tables import Layout, number, text
 
 NEEDED_BYTES = 26
 """A voxel's bytes that any such step must move: int16 in (2), float32 mean and variance read and
 written (16), psc and z written (8). Ours also writes the difference, 4 more."""
 N_BEFORE = 1000
 """Volumes seen before the one that is timed, as the formulas want a number."""
-
-FLAT_AT = (10, 100, 1_000, 10_000)
-"""Volumes at which the cost is told, each a median over some around it."""
-_FLAT_WINDOW = 5
-"""Short, so that a sliding window is full, and a fixed baseline frozen, before volume 10."""
 
 _NUMPY = ("numpy_guarded", "numpy_plain", "numpy_in_place")
 _F32 = NDArray[np.float32]
@@ -122,23 +121,38 @@ class Fused:
         )
 
 
-def run(
-    backend: Backend,
-    clock: Clock,
-    grids: Sequence[tuple[int, int, int]],
-    rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the tables ``baseline`` and ``flat``; the latter for the first grid."""
+LAYOUTS = {
+    "baseline": Layout(
+        "Baseline + PSC + z of a volume: one fused pass against NumPy float32",
+        (
+            ("grid", text("grid")),
+            ("caches", text("caches")),
+            ("fused ms", number(4, "median_ms")),
+            ("one thread", number(4, "fused_one_thread_ms")),
+            ("NumPy guarded ms", number(3, "numpy_guarded_ms")),
+            ("times", number(1, "times_faster", "numpy_guarded")),
+            ("plain ms", number(3, "numpy_plain_ms")),
+            ("times", number(1, "times_faster", "numpy_plain")),
+            ("in place ms", number(3, "numpy_in_place_ms")),
+            ("times", number(1, "times_faster", "numpy_in_place")),
+            ("stream GB/s", number(1, "stream_gb_s")),
+            ("26 B/voxel allow ms", number(4, "allowed_ms")),
+            ("fused / allowed", number(2, "of_allowed")),
+        ),
+    ),
+}
+
+
+def run(plan: Plan) -> Tables:
+    """Return the rows of the table ``baseline``."""
     speed = []
-    for shape in grids:
-        progress(f"baseline against NumPy, {grid_name(shape)}")
-        speed += [_against_numpy(backend, clock, shape, rounds, cold) for cold in (False, True)]
-    flat = []
-    for kind in get_args(BaselineKind):
-        progress(f"cost per volume, {kind} baseline, {grid_name(grids[0])}")
-        flat.append(cost_per_volume(backend, grids[0], kind))
-    return {"baseline": speed, "flat": flat}
+    for shape in plan.grids:
+        plan.progress(f"baseline against NumPy, {grid_name(shape)}")
+        speed += [
+            _against_numpy(plan.backend, plan.clock, shape, plan.rounds, cold)
+            for cold in (False, True)
+        ]
+    return {"baseline": speed}
 
 
 def _against_numpy(
@@ -195,51 +209,3 @@ def _one_thread() -> Backend:
     single = open_backend("cpu", 1)
     open_backend("cpu")
     return single
-
-
-def cost_per_volume(backend: Backend, shape: Sequence[int], kind: BaselineKind) -> dict[str, Any]:
-    """Push as many volumes as `FLAT_AT` ends with, and tell the cost around each of its numbers.
-
-    Returns
-    -------
-    dict
-        ``push_ms`` by volume number (each the median over 9 to 201 volumes around it), and by how
-        much the process's memory grew from the second number to the last.
-    """
-    device: Any = backend.name
-    phantom = Phantom((shape[0], shape[1], shape[2]))
-    images, grid = drifting(phantom), phantom.grid
-    settings = BaselineSettings(kind=kind, window_volumes=_FLAT_WINDOW)
-    roi = np.zeros(grid.shape, np.float32)
-    roi[: shape[0] // 2] = 1
-    config = Config(device=device, baseline=settings)
-    pipeline = Pipeline(grid, config, rois={"half": roi}, mask=phantom.mask())
-    seconds = np.zeros(FLAT_AT[-1])
-    memory_at = {}
-    for i in range(FLAT_AT[-1]):
-        volume = Volume(images[i % len(images)], grid, i, tr_s=1.0)
-        started_s = time.perf_counter()
-        pipeline.push(volume)
-        seconds[i] = time.perf_counter() - started_s
-        if i + 1 in FLAT_AT:
-            memory_at[i + 1] = _resident_bytes()
-    push_ms = {}
-    for n in FLAT_AT:
-        half = min(100, max(4, n // 10))
-        push_ms[str(n)] = 1e3 * float(np.median(seconds[n - half - 1 : n + half]))
-    return {
-        "grid": grid_name(shape),
-        "baseline": kind,
-        "push_ms": push_ms,
-        "last_to_first": push_ms[str(FLAT_AT[-1])] / push_ms[str(FLAT_AT[0])],
-        "memory_growth_bytes": memory_at[FLAT_AT[-1]] - memory_at[FLAT_AT[1]],
-    }
-
-
-def _resident_bytes() -> int:
-    """Return the memory that this process holds; 0 where /proc does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -18,17 +18,20 @@ from rtfmri.paradigm import Paradigm
 from rtfmri.stages.brain import BrainStage
 from rtfmri.stages.glm import MEMORY_FWHM_MM, GlmStage
 
-from .measure import (
+from ..measure import (
     Clock,
     HostClock,
     Listener,
+    Plan,
+    Tables,
     Timer,
     gb_per_s,
     grid_name,
     statistics_ms,
     take_turns,
 )
-from .phantom import Phantom, walk
+from ..phantom import Phantom, walk
+from ..tables import Layout, number, text
 
 N_VOLUMES = 100
 """Of the run; the last one is what is taken in again and again."""
@@ -344,36 +347,74 @@ def on_one_blas_thread(timer: Timer) -> Timer:
     return once
 
 
-def run(
-    backend: Backend,
-    clock: Clock,
-    grids: Sequence[tuple[int, int, int]],
-    rounds: int,
-    progress: Callable[[str], None],
-) -> dict[str, list[dict[str, Any]]]:
+LAYOUTS = {
+    "glm": Layout(
+        "A step of the GLM with 12 columns against NumPy's incremental GLM and nilearn's refit",
+        (
+            ("grid", text("grid")),
+            ("caches", text("caches")),
+            ("contrasts", text("contrasts")),
+            ("ms", number(4, "median_ms")),
+            ("min", number(4, "min_ms")),
+            ("p95", number(4, "p95_ms")),
+            ("stream GB/s", number(1, "stream_gb_s")),
+            ("B/voxel", number(0, "bytes_per_voxel")),
+            ("they allow ms", number(4, "allowed_ms")),
+            ("ours / allowed", number(2, "of_allowed")),
+            ("NumPy ms", number(1, "iglm_ms")),
+            ("times", number(0, "times_faster", "iglm")),
+            ("in place ms", number(1, "iglm_in_place_ms")),
+            ("times", number(0, "times_faster", "iglm_in_place")),
+            ("nilearn ms", number(0, "nilearn_ms")),
+            ("times", number(0, "times_faster", "nilearn")),
+        ),
+    ),
+    "glm_cost": Layout(
+        "What a step of the GLM is made of, with independent (OLS) and with AR(1) noise",
+        (
+            ("grid", text("grid")),
+            ("caches", text("caches")),
+            *(
+                (f"{noise} {heading}", number(digits, noise.lower(), key))
+                for noise in ("OLS", "AR1")
+                for heading, digits, key in (
+                    ("told µs", 1, "told_us"),
+                    ("update_design µs", 1, "design_us"),
+                    ("push ms", 4, "push_ms"),
+                )
+            ),
+            ("AR1 / OLS", number(2, "times_ols")),
+            ("noise classes", number(0, "n_classes")),
+            ("end of warm-up ms", number(0, "warm_up_end_ms")),
+        ),
+    ),
+}
+
+
+def run(plan: Plan) -> Tables:
     """Return the rows of the tables ``glm`` and ``glm_cost``."""
     step: list[dict[str, Any]] = []
     cost: list[dict[str, Any]] = []
-    for shape in grids:
-        progress(f"the GLM against its peers, {grid_name(shape)}")
+    for shape in plan.grids:
+        plan.progress(f"the GLM against its peers, {grid_name(shape)}")
         n_voxels = int(np.prod(shape))
         one, four, ar1 = fits = (
-            Fit(backend, shape, 1),
-            Fit(backend, shape, 4),
-            Fit(backend, shape, 1, "ar1"),
+            Fit(plan.backend, shape, 1),
+            Fit(plan.backend, shape, 4),
+            Fit(plan.backend, shape, 1, "ar1"),
         )
         peers = Peers(n_voxels, one.design.contrasts[0].weights[0])
         for host, pose in zip(volumes(shape, N_VOLUMES), poses(N_VOLUMES), strict=True):
-            volume, place = backend.upload(host), backend.copy(pose)
+            volume, place = plan.backend.upload(host), plan.backend.copy(pose)
             for fit in fits:
                 fit.take(volume, place)
             peers.take(host, one.rows[-1])
         for cold in (False, True):
             where = {"grid": grid_name(shape), "caches": "cold" if cold else "hot"}
             for fit, calls in ((one, peers.calls()), (four, {})):
-                row = _against_peers(clock, fit, n_voxels, calls, rounds, cold)
+                row = _against_peers(plan.clock, fit, n_voxels, calls, plan.rounds, cold)
                 step.append({**where, **row})
-            cost.append({**where, **_cost(clock, one, ar1, rounds, cold)})
+            cost.append({**where, **_cost(plan.clock, one, ar1, plan.rounds, cold)})
     return {"glm": step, "glm_cost": cost}
 
 
