@@ -283,6 +283,13 @@ class Pipeline:
         ConfigError
             At the first volume, if its header lacks what the settings ask for.
         """
+        with self._backend.undisturbed():
+            result = self._take(volume)
+        self._n_pushed += 1
+        self._last = result
+        return result
+
+    def _take(self, volume: Volume) -> Result:
         self._lap = _Laps(volume.decoded_s - volume.arrived_s, volume.arrived_s)
         self._tr_s = volume.tr_s
         volume.check_like(self.grid, self.dtype)
@@ -296,8 +303,6 @@ class Pipeline:
                 self._begin(volume)
                 self._lap("begin")
                 result = self._process(volume, begins=True)
-        self._n_pushed += 1
-        self._last = result
         return result
 
     def miss(self, index: int) -> Result:

@@ -8,6 +8,7 @@ NumPy in the tests.
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -227,6 +228,13 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything asked for has been done."""
+        ...
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Return what the thread that opened the backend takes a volume through the steps in.
+
+        The cpu backend's threads keep out of each other's way in it; else it does nothing.
+        """
         ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:

@@ -2,21 +2,23 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 # Threads that spin for milliseconds while they wait fight with whatever else runs, readers and
 # writers of this very process included; threads that sleep at once wake too late for the next
-# kernel. Measured on 2 cores, 64x64x36: a volume every 10 ms took 5.9 ms (p99 11 ms) as OpenMP
-# comes, 0.2 ms (p99 0.4 ms) with these; kernels one after the other 21 us, against 77 us without
-# any spinning. OpenMP reads both once, when it is loaded, which is later than this.
+# kernel. With these, a thread spins for some 0.2 to 0.6 ms, which is the gap between two kernels:
+# on 2 cores a volume of 64x64x36 took 2.2 ms, and 2.8 ms with a tenth of it. OpenMP reads both
+# once, when it is loaded, which is later than this.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Array, exercise
+from rtfmri.backends.cpu._threads import keep_apart
 from rtfmri.backends.cpu.detrend import DetrendOperations
 from rtfmri.backends.cpu.glm import GlmOperations
 from rtfmri.backends.cpu.moments import MomentsOperations
@@ -58,6 +60,11 @@ class CpuBackend(
             )
         self.threads = threads or available
         numba.set_num_threads(self.threads)
+        self._apart = keep_apart(self.threads)
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """See `rtfmri.backends.Backend.undisturbed`."""
+        return self._apart
 
     def upload(self, host: NDArray[Any]) -> Array:
         """See `rtfmri.backends.Backend.upload`."""

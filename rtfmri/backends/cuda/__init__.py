@@ -1,6 +1,7 @@
 """The cuda backend: CuPy arrays, and the kernels in ``kernels/``."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,10 @@ class CudaBackend(
     def synchronize(self) -> None:
         """See `rtfmri.backends.Backend.synchronize`."""
         self._staging.synchronize()
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """See `rtfmri.backends.Backend.undisturbed`."""
+        return nullcontext()
 
     def warm(self, dtype: DTypeLike) -> None:
         """See `rtfmri.backends.Backend.warm`."""
