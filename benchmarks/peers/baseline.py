@@ -135,6 +135,8 @@ LAYOUTS = {
             ("times", number(1, "times_faster", "numpy_plain")),
             ("in place ms", number(3, "numpy_in_place_ms")),
             ("times", number(1, "times_faster", "numpy_in_place")),
+            ("largest error of z", number(7, "z_error", "fused")),
+            ("in place", number(7, "z_error", "numpy_in_place")),
             ("stream GB/s", number(1, "stream_gb_s")),
             ("26 B/voxel allow ms", number(4, "allowed_ms")),
             ("fused / allowed", number(2, "of_allowed")),
@@ -176,6 +178,13 @@ def _against_numpy(
         peers["fused_one_thread"] = lambda: single(volume, N_BEFORE)
 
     on_device = backend.copy(volume)
+    fused(on_device, N_BEFORE)
+    in_place(volume, N_BEFORE)
+    z = {"fused": backend.download(fused.out.z), "numpy_in_place": in_place.z.copy()}
+    exact = (volume - mean.astype(np.float64)) / np.sqrt(
+        variance.astype(np.float64) * N_BEFORE / (N_BEFORE - 1)
+    )
+    z_error = {name: float(np.abs(values - exact).max()) for name, values in z.items()}
     held_bytes = volume.nbytes + 5 * mean.nbytes
     stream = clock.largest if cold else clock.stream(held_bytes)
     host = clock if isinstance(clock, HostClock) else HostClock()
@@ -197,6 +206,7 @@ def _against_numpy(
         **statistics_ms(seconds["fused"]),
         **{f"{name}_ms": median_ms[name] for name in peers},
         "times_faster": {name: median_ms[name] / median_ms["fused"] for name in _NUMPY},
+        "z_error": z_error,
         "stream_gb_s": stream_gb_s,
         "allowed_ms": allowed_ms,
         "of_allowed": median_ms["fused"] / allowed_ms,

@@ -1,4 +1,4 @@
-"""Motion correction against python-rtspm and SimpleITK on heads whose motion is known; smoothing.
+"""Motion correction against python-rtspm and SimpleITK on heads whose motion is known.
 
 Neither peer is needed: `pip install 'rtfmri[bench]'` brings them.
 """
@@ -18,10 +18,9 @@ from rtfmri.backends import Backend
 from rtfmri.config import Config
 from rtfmri.stages.brain import BrainStage
 from rtfmri.stages.motion import MotionStage
-from rtfmri.stages.smoothing import SmoothingStage
 from rtfmri.volume import Grid
 
-from ..measure import Call, Clock, HostClock, Plan, Tables, grid_name, take_turns
+from ..measure import Call, Plan, Tables, grid_name
 from ..phantom import Phantom, deviation_mm, jumps, rigid, walk
 from ..tables import Layout, number, text
 
@@ -29,7 +28,6 @@ MOST_VOLUMES, FEWEST_VOLUMES = 40, 8
 _MOST_VOXELS = 12_000_000
 """Of all volumes of a grid together: there are fewer of large ones, which take peers seconds."""
 _N_ACTIVE = 5
-FWHM_MM = 6.0
 
 _ITK_FWHM_MM, _ITK_POINTS = 5.0, 8_000
 _ITK_STEP, _ITK_LEAST_STEP, _ITK_MOST_STEPS, _ITK_RELAXATION = 0.2, 1e-3, 50, 0.3
@@ -136,9 +134,9 @@ class Rtspm:
         found = self._spm.spm_realign_rt(self._images, self._flags, index, 0, *self._template)
         self._images, self._template = found[0], found[1:7]
 
-    def reslice(self) -> None:
-        """See `Corrector.reslice`."""
-        self._spm.spm_reslice_rt(self._images, self._flags)
+    def reslice(self) -> Any:
+        """See `Corrector.reslice`; return the volume, (x, y, z) float64."""
+        return self._spm.spm_reslice_rt(self._images, self._flags)
 
     def transform(self) -> NDArray[np.float64]:
         """See `Corrector.transform`."""
@@ -267,28 +265,16 @@ LAYOUTS = {
             ("times ours", number(1, "times_ours")),
         ),
     ),
-    "smoothing": Layout(
-        "Smoothing with FWHM 6 mm, caches cold: ours against scipy.ndimage.gaussian_filter",
-        (
-            ("grid", text("grid")),
-            ("ms", number(3, "median_ms")),
-            ("scipy ms", number(2, "scipy_ms")),
-            ("times", number(1, "times_faster")),
-        ),
-    ),
 }
 
 
 def run(plan: Plan) -> Tables:
-    """Return the rows of the tables ``motion`` and ``smoothing``."""
-    motion, smoothing = [], []
+    """Return the rows of the table ``motion``."""
+    motion = []
     for shape in plan.grids:
         plan.progress(f"motion correction, {grid_name(shape)}")
         motion += compare_correctors(plan.backend, shape)
-    for shape in plan.grids:
-        plan.progress(f"smoothing, {grid_name(shape)}")
-        smoothing.append(_compare_smoothing(plan.backend, plan.clock, shape, plan.rounds))
-    return {"motion": motion, "smoothing": smoothing}
+    return {"motion": motion}
 
 
 def compare_correctors(backend: Backend, shape: tuple[int, int, int]) -> list[dict[str, Any]]:
@@ -380,38 +366,3 @@ def _seconds(call: Call) -> float:
 
 def _rms(values: Sequence[float]) -> float:
     return math.sqrt(statistics.fmean(value**2 for value in values))
-
-
-def _compare_smoothing(
-    backend: Backend, clock: Clock, shape: tuple[int, int, int], rounds: int
-) -> dict[str, Any]:
-    if not find_spec("scipy"):
-        return {"skipped": "scipy is not installed"}
-    from scipy.ndimage import gaussian_filter
-
-    phantom = Phantom(shape)
-    volume = phantom.volume(0, np.zeros(6))
-    voxels = backend.copy(volume.reshape(-1, order="F"))
-    stage = SmoothingStage(backend, phantom.grid, FWHM_MM)
-    sigmas = FWHM_MM / math.sqrt(8 * math.log(2)) / np.array(phantom.grid.voxel_size_mm)
-    out = np.empty(shape, np.float32, order="F")
-
-    def by_scipy() -> None:
-        gaussian_filter(volume, sigmas, output=out, mode="reflect", truncate=4.0)
-
-    host = clock if isinstance(clock, HostClock) else HostClock()
-    seconds = take_turns(
-        {
-            "ours": clock.timer(lambda: stage.push(voxels), cold=True),
-            "scipy": host.timer(by_scipy, cold=True),
-        },
-        rounds,
-        cold=True,
-    )
-    ours_ms, scipy_ms = (1e3 * statistics.median(seconds[name]) for name in ("ours", "scipy"))
-    return {
-        "grid": grid_name(shape),
-        "median_ms": ours_ms,
-        "scipy_ms": scipy_ms,
-        "times_faster": scipy_ms / ours_ms,
-    }
