@@ -1,5 +1,6 @@
 """Every operation of the backend: time, bytes a second, and the share of what memory allows."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,10 +30,13 @@ from rtfmri.stages.smoothing import gaussian_taps
 from rtfmri.volume import VOXEL_DTYPES
 
 from .measure import (
+    COLD_TURN,
     Call,
     Clock,
     Listener,
     Plan,
+    Row,
+    Stream,
     Tables,
     gb_per_s,
     grid_name,
@@ -61,6 +65,13 @@ N_CLASSES = 20
 """Of noise, where the GLM whitens."""
 _MOTION_AT = 3
 _CARRY = 0.3
+MEMORY_BOUND = (
+    *("subtract", "fold", "slide", "contrast", "gather", "retime", "compare", "track"),
+    *("remove_slow", "remove_fit", "update_glm"),
+)
+"""Operations with about one floating-point operation a byte, or less."""
+LEAST_SHARE = 0.7
+"""Of the stream's rate, that they should reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,11 @@ class Case:
     def moved_bytes(self) -> int:
         """Bytes read and written: an array that is updated counts twice."""
         return sum(int(array.nbytes) for array in (*self.reads, *self.writes))
+
+    @property
+    def memory_bound(self) -> bool:
+        """Whether memory, and not arithmetic, should set its pace."""
+        return re.split("[ ,]", self.operation)[0] in MEMORY_BOUND
 
     @property
     def held_bytes(self) -> int:
@@ -328,6 +344,14 @@ def _sphere(backend: Backend, shape: Sequence[int]) -> RoiTable:
     return RoiTable(*(backend.copy(part) for part in (offsets, voxels, weights)))
 
 
+def _below(row: Row) -> str:
+    """Return with which caches a row is below `LEAST_SHARE`, although memory should bound it."""
+    if not row["memory_bound"]:
+        return "-"
+    below = [caches for caches in ("hot", "cold") if row[caches]["share"] < LEAST_SHARE]
+    return ", ".join(below) or "no"
+
+
 LAYOUTS = {
     "kernels": Layout(
         "Operations, hot caches against a stream of the same size, cold ones against main memory",
@@ -346,6 +370,7 @@ LAYOUTS = {
             ("GB/s", number(1, "cold", "gb_s")),
             ("memory GB/s", number(1, "cold", "stream_gb_s")),
             ("share", percent("cold", "share")),
+            (f"memory-bound, below {LEAST_SHARE:.0%}", _below),
         ),
     ),
 }
@@ -363,28 +388,35 @@ def run(plan: Plan) -> Tables:
     return {"kernels": rows}
 
 
-def _row(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
+def _row(case: Case, clock: Clock, rounds: int) -> Row:
     same_size = clock.stream(case.held_bytes)
-    row: dict[str, Any] = {
+    timers = {"operation": clock.timer(case.call, cold=False)}
+    timers["stream"] = clock.timer(same_size, cold=False)
+    hot = take_turns(timers, rounds, cold=False)
+    streams, calls = zip(
+        *(clock.after_largest(case.call) for _ in range(COLD_TURN * rounds)), strict=True
+    )
+    return {
         "operation": case.operation,
         "dtype": case.dtype,
         "n": case.n,
         "bytes_per_voxel": case.moved_bytes / case.n,
         "held_bytes": case.held_bytes,
+        "memory_bound": case.memory_bound,
+        "hot": _against(case, hot["operation"], same_size, hot["stream"]),
+        "cold": _against(case, calls, clock.largest, streams),
     }
-    for caches, stream in (("hot", same_size), ("cold", clock.largest)):
-        cold = caches == "cold"
-        timers = {
-            "operation": clock.timer(case.call, cold=cold),
-            "stream": clock.timer(stream, cold=cold),
-        }
-        seconds = take_turns(timers, rounds, cold=cold)
-        rate = gb_per_s(case.moved_bytes, seconds["operation"])
-        stream_rate = gb_per_s(stream.n_bytes, seconds["stream"])
-        row[caches] = {
-            **statistics_ms(seconds["operation"]),
-            "gb_s": rate,
-            "stream_gb_s": stream_rate,
-            "share": rate / stream_rate,
-        }
-    return row
+
+
+def _against(
+    case: Case, seconds: Sequence[float], stream: Stream, stream_seconds: Sequence[float]
+) -> dict[str, float]:
+    """Return an operation's times and its rate, beside the stream's that took turns with it."""
+    rate = gb_per_s(case.moved_bytes, seconds)
+    stream_rate = gb_per_s(stream.n_bytes, stream_seconds)
+    return {
+        **statistics_ms(seconds),
+        "gb_s": rate,
+        "stream_gb_s": stream_rate,
+        "share": rate / stream_rate,
+    }

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -53,35 +54,61 @@ class Clock(Protocol):
         """Return what runs *call* once and times it; *cold* empties the caches before."""
         ...
 
+    def after_largest(self, call: Call) -> tuple[float, float]:
+        """Run `largest`, then *call*; return the seconds of each. The caches are cold for both."""
+        ...
+
     def stream(self, n_bytes: int) -> Stream:
         """Return a stream whose arrays take *n_bytes* together."""
         ...
 
 
 class HostClock:
-    """`time.perf_counter` around calls that are done when they return."""
+    """`time.perf_counter` around calls that are done when they return.
+
+    Parameters
+    ----------
+    within : context manager, optional
+        What calls are made in: `Backend.undisturbed` of the backend that is timed.
+    largest : Stream, optional
+        One that is there already.
+    """
 
     name = "perf_counter"
 
-    def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads
-        self.largest: Stream = self.stream(beyond_caches_bytes())
+    def __init__(
+        self,
+        within: AbstractContextManager[None] | None = None,
+        largest: Stream | None = None,
+    ) -> None:
+        self._within = within or nullcontext()
+        self.largest = largest or self.stream(beyond_caches_bytes())
 
     def timer(self, call: Call, *, cold: bool) -> Timer:
         """See `Clock.timer`."""
 
         def once() -> float:
-            if cold:
-                self.largest()
-            started_s = time.perf_counter()
-            call()
-            return time.perf_counter() - started_s
+            with self._within:
+                if cold:
+                    self.largest()
+                started_s = time.perf_counter()
+                call()
+                return time.perf_counter() - started_s
 
         return once
 
+    def after_largest(self, call: Call) -> tuple[float, float]:
+        """See `Clock.after_largest`."""
+        with self._within:
+            started_s = time.perf_counter()
+            self.largest()
+            emptied_s = time.perf_counter()
+            call()
+            return emptied_s - started_s, time.perf_counter() - emptied_s
+
     def stream(self, n_bytes: int) -> Stream:
         """See `Clock.stream`."""
-        return Triad(n_bytes, self._threads)
+        return Triad(n_bytes)
 
 
 class CudaClock:
@@ -101,14 +128,14 @@ class CudaClock:
 
         self._cupy = cupy
         self._stream = backend._staging.stream
-        self._events = cupy.cuda.Event(), cupy.cuda.Event()
+        self._events = tuple(cupy.cuda.Event() for _ in range(3))
         free, _ = cupy.cuda.Device().mem_info
         self.largest: Stream = self.stream(min(self._LARGEST, free // 4))
 
     def timer(self, call: Call, *, cold: bool) -> Timer:
         """See `Clock.timer`."""
         calls = 1 if cold else self._CALLS
-        start, stop = self._events
+        start, stop, _ = self._events
 
         def once() -> float:
             self.largest()
@@ -118,10 +145,24 @@ class CudaClock:
             for _ in range(calls):
                 call()
             stop.record(self._stream)
-            stop.synchronize()
-            return 1e-3 * float(self._cupy.cuda.get_elapsed_time(start, stop)) / calls
+            return self._seconds(start, stop) / calls
 
         return once
+
+    def after_largest(self, call: Call) -> tuple[float, float]:
+        """See `Clock.after_largest`."""
+        start, emptied, stop = self._events
+        self.largest()
+        start.record(self._stream)
+        self.largest()
+        emptied.record(self._stream)
+        call()
+        stop.record(self._stream)
+        return self._seconds(start, emptied), self._seconds(emptied, stop)
+
+    def _seconds(self, start: Any, stop: Any) -> float:
+        stop.synchronize()
+        return 1e-3 * float(self._cupy.cuda.get_elapsed_time(start, stop))
 
     def stream(self, n_bytes: int) -> Stream:
         """See `Clock.stream`."""
@@ -168,7 +209,12 @@ class Plan:
 
 def open_clock(backend: Backend) -> Clock:
     """Return the clock for what *backend* does."""
-    return CudaClock(backend) if backend.name == "cuda" else HostClock()
+    return CudaClock(backend) if backend.name == "cuda" else HostClock(backend.undisturbed())
+
+
+def peers_clock(clock: Clock) -> HostClock:
+    """Return the clock for what others do beside *clock*'s backend: on the host, as they like."""
+    return HostClock(largest=clock.largest if isinstance(clock, HostClock) else None)
 
 
 class Listener:

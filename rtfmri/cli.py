@@ -1,5 +1,6 @@
 """The command line: each command parses, calls one function of the package, shows the result."""
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from rtfmri import __version__
@@ -660,8 +662,17 @@ def recover(
     out_console.print(f"{n_volumes} volumes recovered into {out}", highlight=False)
 
 
-@app.command()
+bench_app = typer.Typer(
+    help="Measure what this machine can do; compare and draw what was measured.",
+    invoke_without_command=True,
+)
+app.add_typer(bench_app, name="bench")
+ReportArgument = Annotated[Path, typer.Argument(help="What rtfmri bench --json wrote.")]
+
+
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     suite: Annotated[
         list[str] | None, typer.Option(help="Run only this suite; may be repeated.")
     ] = None,
@@ -677,21 +688,92 @@ def bench(
     ] = None,
 ) -> None:
     """Measure what this machine can do, against its own memory bandwidth."""
-    suites = load_benchmarks()
+    if context.invoked_subcommand:
+        return
+    benchmarks = load_benchmarks()
     grids = [_parse_grid(text) for text in grid.split(",")]
-    with err_console.status("measuring") as status:
-        figures = suites.run(
-            device=device.value,
-            grids=grids,
-            suites=suite or list(suites.SUITES),
-            minutes=minutes,
-            progress=status.update,
-        )
-    for table in suites.table(figures):
-        out_console.print(table)
+    suites = suite or list(benchmarks.SUITES)
+    if json_file and not json_file.parent.is_dir():
+        raise ConfigError(f"--json must be in a folder that is there, got {json_file}")
+    report = _measure(
+        benchmarks, json_file, device=device.value, grids=grids, suites=suites, minutes=minutes
+    )
+    for table in benchmarks.table(report):
+        _print_wide(table)
     if json_file:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         out_console.print(f"figures in {json_file}", highlight=False)
+
+
+def _measure(
+    benchmarks: Any, json_file: Path | None, *, suites: list[str], **given: Any
+) -> dict[str, Any]:
+    """Run the suites, show how far they are, and write what there is after each."""
+    from rich.progress import (
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("suites"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=err_console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("preparing the kernels", total=len(suites))
+
+        def show(step: str) -> None:
+            progress.update(task, description=step)
+
+        def finished(report: dict[str, Any]) -> None:
+            progress.advance(task)
+            if json_file:
+                _benchmark_module("compare").write_report(report, json_file)
+
+        report: dict[str, Any] = benchmarks.run(
+            suites=suites, progress=show, finished=finished, **given
+        )
+    return report
+
+
+def _print_wide(table: Table) -> None:
+    """Print a table as wide as it is: cells of one letter tell less than lines that wrap."""
+    wide = Measurement.get(out_console, out_console.options.update(max_width=1000), table)
+    Console(width=max(wide.maximum, out_console.width)).print(table)
+
+
+def _benchmark_module(name: str) -> Any:
+    return importlib.import_module(f"{load_benchmarks().__name__}.{name}")
+
+
+@bench_app.command()
+def compare(old: ReportArgument, new: ReportArgument, as_json: JsonOption = False) -> None:
+    """Show what became slower from OLD to NEW beyond both runs' noise; then exit with 1."""
+    module = _benchmark_module("compare")
+    found = module.compare(module.read_report(old), module.read_report(new))
+    if as_json:
+        print(json.dumps(module.as_json(found), indent=1))
+    else:
+        if found.changes:
+            out_console.print(module.table(found))
+        out_console.print(module.conclusion(found), highlight=False)
+    raise typer.Exit(int(found.slower))
+
+
+@bench_app.command()
+def figures(
+    report: ReportArgument,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")],
+) -> None:
+    """Draw a report: roofline, stages against their peers, latency, scaling, as PNG."""
+    read = _benchmark_module("compare").read_report(report)
+    for line in _benchmark_module("figures").draw(read, out):
+        out_console.print(line, highlight=False, markup=False)
 
 
 def _parse_grid(text: str) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -417,7 +417,7 @@ class Pipeline:
             run.detrend.told(index) if run.detrend else _NOTHING,
         ]
         array = self._backend.upload(np.concatenate([part.ravel() for part in told]))
-        ends = np.cumsum([0, *(part.size for part in told)]).tolist()
+        ends = accumulate((part.size for part in told), initial=0)
         limits, known, drift = (
             array[a:b].reshape(part.shape)
             for part, (a, b) in zip(told, pairwise(ends), strict=True)

@@ -12,11 +12,11 @@ from rtfmri.backends import Backend, Moments, Subtraction, open_backend
 from ..measure import (
     Call,
     Clock,
-    HostClock,
     Plan,
     Tables,
     gb_per_s,
     grid_name,
+    peers_clock,
     statistics_ms,
     take_turns,
 )
@@ -187,7 +187,7 @@ def _against_numpy(
     z_error = {name: float(np.abs(values - exact).max()) for name, values in z.items()}
     held_bytes = volume.nbytes + 5 * mean.nbytes
     stream = clock.largest if cold else clock.stream(held_bytes)
-    host = clock if isinstance(clock, HostClock) else HostClock()
+    host = peers_clock(clock)
     seconds = take_turns(
         {
             "fused": clock.timer(lambda: fused(on_device, N_BEFORE), cold=cold),

@@ -20,13 +20,13 @@ from rtfmri.stages.glm import MEMORY_FWHM_MM, GlmStage
 
 from ..measure import (
     Clock,
-    HostClock,
     Listener,
     Plan,
     Tables,
     Timer,
     gb_per_s,
     grid_name,
+    peers_clock,
     statistics_ms,
     take_turns,
 )
@@ -511,7 +511,7 @@ def _against_peers(
     moved = needed_bytes(len(kinds))
     held = moved - 4 * N_COLUMNS - 4  # what is updated in place is there once
     stream = clock.largest if cold else clock.stream(held * n_voxels)
-    host = _host(clock)
+    host = peers_clock(clock)
     theirs = {name: host.timer(call, cold=cold) for name, call in peers.items()}
     timers = {
         "ours": clock.timer(fit.push, cold=cold),
@@ -539,7 +539,7 @@ def _against_peers(
 
 
 def _cost(clock: Clock, ols: Fit, ar1: Fit, rounds: int, cold: bool) -> dict[str, Any]:
-    host, timers = _host(clock), {}
+    host, timers = peers_clock(clock), {}
     for noise, fit in (("ols", ols), ("ar1", ar1)):
         timers[noise, "push"] = clock.timer(fit.push, cold=cold)
         timers[noise, "design"] = clock.timer(fit.update_design, cold=cold)
@@ -557,7 +557,3 @@ def _cost(clock: Clock, ols: Fit, ar1: Fit, rounds: int, cold: bool) -> dict[str
         "n_classes": ar1.n_classes(),
         "warm_up_end_ms": ar1.longest_catch_up_ms,
     }
-
-
-def _host(clock: Clock) -> Clock:
-    return clock if isinstance(clock, HostClock) else HostClock()

@@ -119,8 +119,7 @@ class Rtspm:
         self._images[0]["Vol"] = _float64(reference)
         self._first = True
         self.load(reference)
-        with np.errstate(invalid="ignore"):  # it registers the reference to itself
-            self.estimate()
+        self.estimate()
         self._first = False
 
     def load(self, volume: NDArray[np.int16]) -> None:
@@ -131,7 +130,8 @@ class Rtspm:
         """See `Corrector.estimate`."""
         self._images[1]["mat"] = self._affine.copy()
         index = 0 if self._first else 1
-        found = self._spm.spm_realign_rt(self._images, self._flags, index, 0, *self._template)
+        with np.errstate(invalid="ignore"):  # of a volume that is the reference itself
+            found = self._spm.spm_realign_rt(self._images, self._flags, index, 0, *self._template)
         self._images, self._template = found[0], found[1:7]
 
     def reslice(self) -> Any:

@@ -16,11 +16,11 @@ from rtfmri.stages.smoothing import SmoothingStage
 from ..chain import FWHM_MM
 from ..measure import (
     Clock,
-    HostClock,
     Plan,
     Row,
     Tables,
     grid_name,
+    peers_clock,
     statistics_ms,
     take_turns,
 )
@@ -133,7 +133,7 @@ def compare(backend: Backend, clock: Clock, shape: tuple[int, int, int], rounds:
     voxels = backend.copy(volume.reshape(-1, order="F"))
     stage = SmoothingStage(backend, phantom.grid, FWHM_MM)
     peers, where = Peers(phantom, volume), {"grid": grid_name(shape)}
-    host = clock if isinstance(clock, HostClock) else HostClock()
+    host = peers_clock(clock)
 
     def ours() -> NDArray[Any]:
         return np.asarray(backend.download(stage.push(voxels))).reshape(shape, order="F")

@@ -2,6 +2,7 @@
 
 import importlib
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from rtfmri.backends import Backend
 from rtfmri.pipeline import Result
 
 from ..chain import FWHM_MM, Chain
-from ..measure import HostClock, Plan, Row, Tables, grid_name, statistics_ms
+from ..measure import Plan, Row, Tables, grid_name, statistics_ms
 from ..phantom import DRIFT, deviation_mm, rigid
 from ..tables import Layout, number, text
 from .glm import Iglm, InPlaceIglm, on_one_blas_thread
@@ -130,15 +131,11 @@ def compare(backend: Backend, shape: tuple[int, int, int]) -> Row:
     n_timed = min(MOST_VOLUMES, max(FEWEST_VOLUMES, _MOST_VOXELS // chain.phantom.grid.n_voxels))
     seconds: dict[str, list[float]] = {name: [] for name in ("ours", "sum", *PEER_STAGES)}
     errors_mm: dict[str, list[float]] = {"ours": [], "peer": []}
-    host = HostClock()
 
     results: list[Result] = []
 
     def push() -> None:
         results[:] = [chain.push()]
-
-    def timed(call: Callable[[], object]) -> float:
-        return host.timer(call, cold=False)()
 
     for i in range(_N_BEFORE + n_timed):
         index = chain.n_pushed % n_images
@@ -150,7 +147,7 @@ def compare(backend: Backend, shape: tuple[int, int, int]) -> Row:
         motion = np.full(6, DRIFT * min(index, n_images - index) / (n_images // 2))
         peer.load(image)
         marks = [timed(call) for call in (peer.realign, peer.reslice, peer.smooth)]
-        glms = [on_one_blas_thread(host.timer(call, cold=False))() for call in peer.glms()]
+        glms = [on_one_blas_thread(partial(timed, call))() for call in peer.glms()]
         stages = [*marks, min(glms)]
         for name, value in zip(("ours", *PEER_STAGES), (ours_s, *stages), strict=True):
             seconds[name].append(value)
@@ -170,6 +167,13 @@ def compare(backend: Backend, shape: tuple[int, int, int]) -> Row:
         "peer_rms_mm": _rms(errors_mm["peer"]),
         "times": median_ms["sum"] / median_ms["ours"],
     }
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Return the seconds that *call* takes."""
+    started_s = time.perf_counter()
+    call()
+    return time.perf_counter() - started_s
 
 
 def _rms(values: list[float]) -> float:

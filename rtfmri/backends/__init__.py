@@ -723,8 +723,6 @@ def exercise(backend: Backend, dtype: Any) -> None:
     gains = {"usable": usable, "gain": 1.0, "successive_gain": 1.0}
     backend.track(voxel, backend.zeros(1), moments, backend.zeros(1), **gains)
     maps, ring = Subtraction(*(backend.zeros(1) for _ in range(3))), backend.zeros((2, 1))
-    backend.subtract(voxel, moments, maps, bessel=0.0, into=None, gain=0.0)
-    backend.fold(voxel, moments, gain=1.0)
     backend.slide(voxel, moments, ring, 0, maps, bessel=0.0, gain=1.0, full=False)
     backend.refresh(ring, moments, 0, 1)
     backend.contrast(moments, 2.0, moments, 2.0, Contrast(*maps))
@@ -736,6 +734,10 @@ def exercise(backend: Backend, dtype: Any) -> None:
     given = row, fields, whitening, contrasts, state, told
     backend.update_design(*given, backend.zeros(1, np.float64), motion_at=-1)
     for n in (1, 8 * PART_VOXELS):  # few voxels and many may have kernels of their own
+        many, means, variances, *others = (backend.zeros(n) for _ in range(6))
+        each = Moments(means, variances)
+        backend.subtract(many, each, Subtraction(*others), bessel=0.0, into=None, gain=0.0)
+        backend.fold(many, each, gain=1.0)
         fit = new_fit(backend, 1, np.zeros(n, np.int32))
         asked = fit, contrasts, told, backend.zeros((1, n))
         backend.update_glm(backend.zeros(n), *asked, whitened=False, first_column=0)

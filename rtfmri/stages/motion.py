@@ -225,16 +225,12 @@ class MotionStage:
         affine = np.eye(4)
         affine[:3, :3] = rotation
         affine[:3, 3] = translation + self._centre - rotation @ self._centre
-        x, y, z = np.degrees(
-            [
-                math.atan2(rotation[2, 1], rotation[2, 2]),
-                math.atan2(-rotation[2, 0], math.hypot(rotation[2, 1], rotation[2, 2])),
-                math.atan2(rotation[1, 0], rotation[0, 0]),
-            ]
-        ).tolist()
+        (r00, _, _), (r10, _, _), (r20, r21, r22) = rotation.tolist()
+        about_x, about_z = math.atan2(r21, r22), math.atan2(r10, r00)
+        about_y = math.atan2(-r20, math.hypot(r21, r22))
         return MotionValue(
             translation_mm=(said["x_mm"], said["y_mm"], said["z_mm"]),
-            rotation_deg=(x, y, z),
+            rotation_deg=(math.degrees(about_x), math.degrees(about_y), math.degrees(about_z)),
             affine=affine,
             fd_mm=said["fd_power_mm"],
             fd_jenkinson_mm=said["fd_jenkinson_mm"],
@@ -311,7 +307,7 @@ def _inverse(affine: Floats) -> Floats:
 
 
 def _rotation(quaternion: Floats) -> Floats:
-    w, x, y, z = quaternion
+    w, x, y, z = quaternion.tolist()
     return np.array(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],

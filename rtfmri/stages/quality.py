@@ -212,7 +212,7 @@ class QualityStage:
         values = values[: self._parts.slices.stop]
         outside = np.stack([~(values >= self.limits[0]), values > self.limits[1]])
         slices = _rows(values[self._parts.slices])
-        found = set(self._words[outside])
+        found = set(self._words[outside]) if outside.any() else set()
         if (
             "saturated" in found
             and slices[-1, _N_LARGEST] + slices[-1, _N_NOT_FINITE] == self._n_all
@@ -231,15 +231,17 @@ class QualityStage:
             dvars=100 * dvars / mean_signal if mean_signal > 0 else math.nan,
             dvars_std=dvars / expected if expected else math.nan,
             global_signal=signal,
-            n_slice_outliers=int(
-                _rows((outside[0] | outside[1])[self._parts.slices])[:-1, _TOTAL].sum()
-            ),
+            n_slice_outliers=self._n_slice_outliers(outside) if found else 0,
             problems=tuple(word for word in PROBLEMS if word in found),
             usable=not found,
             n_usable=self._n_usable,
             usable_min=usable_min,
             forecast_min=self._forecast_min(usable_min),
         )
+
+    def _n_slice_outliers(self, outside: NDArray[np.bool_]) -> int:
+        either = (outside[0] | outside[1])[self._parts.slices]
+        return int(_rows(either)[:-1, _TOTAL].sum())
 
     def missing(self) -> QualityValue:
         """Return what is to be said of a volume that never came."""
@@ -281,9 +283,8 @@ class QualityStage:
         self._totals.update(slices[:-1, _TOTAL])
         if self._previous_usable:
             self._dvars.update(np.array([dvars]))
-        n_largest, n_not_finite = slices[-1, [_N_LARGEST, _N_NOT_FINITE]].tolist()
-        self._fewest_largest = min(self._fewest_largest, n_largest)
-        self._fewest_not_finite = min(self._fewest_not_finite, n_not_finite)
+        self._fewest_largest = min(self._fewest_largest, slices[-1, _N_LARGEST].item())
+        self._fewest_not_finite = min(self._fewest_not_finite, slices[-1, _N_NOT_FINITE].item())
 
     def _count(self, signal: float, dvars: float, *, usable: bool) -> None:
         self._n_seen += 1
@@ -304,10 +305,10 @@ class QualityStage:
         if self._parts.pose.stop:
             low[_CONVERGED], low[_INSIDE] = 1, MIN_INSIDE
             high[_FD] = self._settings.fd_limit_mm
-        highest_dvars = self._dvars.limits()[1].item() + self._strangeness
+        highest_dvars = self._dvars.high.item() + self._strangeness
         high[self._parts.sums.start + 1] = self._n_voxels * highest_dvars**2
         least, most = _rows(low[self._parts.slices]), _rows(high[self._parts.slices])
-        least[:-1, _TOTAL], most[:-1, _TOTAL] = self._totals.limits()
+        least[:-1, _TOTAL], most[:-1, _TOTAL] = self._totals.low, self._totals.high
         more = max(SATURATED_PERCENT / 100 * self._n_all, SATURATED_VOXELS)
         least[-1, _N_LARGEST] = 1
         most[-1, _N_LARGEST] = min(self._fewest_largest + more, self._n_all - 1)
@@ -327,29 +328,32 @@ class _Running:
     A value beyond the limits counts as the limit (Winsorised). So one outlier moves the mean by
     little; when the values have changed for good, the deviation grows by about 3/4 a volume
     (sqrt of ``(1 - MEMORY) * (1 + MEMORY * DEVIATIONS**2)``) until they are within the limits.
+
+    Attributes
+    ----------
+    low, high : (n,) float64
+        Lowest and highest value that is no outlier.
     """
 
     def __init__(self, n: int, floor: float) -> None:
         self._mean, self._variance = np.zeros((2, n))
         self._n_seen, self._floor = 0, floor
-
-    def limits(self) -> tuple[Floats, Floats]:
-        """Return lowest and highest value that is no outlier, (n,) each."""
-        if self._n_seen < WARM_UP:
-            return np.full_like(self._mean, -np.inf), np.full_like(self._mean, np.inf)
-        # A value that is small among the others is not to be judged by its own size alone.
-        size = np.abs(self._mean)
-        least = self._floor * np.maximum(size, size.mean())
-        reach = DEVIATIONS * np.maximum(np.sqrt(self._variance), least)
-        return self._mean - reach, self._mean + reach
+        self.low, self.high = np.full(n, -np.inf), np.full(n, np.inf)
 
     def update(self, values: Floats) -> None:
         """Take in one value of each, (n,)."""
-        step = np.clip(values, *self.limits()) - self._mean
+        step = np.minimum(np.maximum(values, self.low), self.high) - self._mean
         self._n_seen += 1
         gain = max(1 / self._n_seen, MEMORY)
         self._mean = self._mean + gain * step
         self._variance = (1 - gain) * (self._variance + gain * step**2)
+        if self._n_seen < WARM_UP:
+            return
+        # A value that is small among the others is not to be judged by its own size alone.
+        size = np.abs(self._mean)
+        least = self._floor * np.maximum(size, size.sum() / size.size)
+        reach = DEVIATIONS * np.maximum(np.sqrt(self._variance), least)
+        self.low, self.high = self._mean - reach, self._mean + reach
 
 
 def _rows(slices: Array) -> Array:

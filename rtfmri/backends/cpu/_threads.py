@@ -42,16 +42,16 @@ class Apart:
 
     def __init__(self, processor: int) -> None:
         self._processor = {processor}
-        self._before = self._processor
+        self._before: list[set[int]] = []
 
     def __enter__(self) -> None:
         """Go there."""
-        self._before = os.sched_getaffinity(0)
+        self._before.append(os.sched_getaffinity(0))
         os.sched_setaffinity(0, self._processor)
 
     def __exit__(self, *exception: object) -> None:
-        """Be free again."""
-        os.sched_setaffinity(0, self._before)
+        """Go back to where the thread was let before."""
+        os.sched_setaffinity(0, self._before.pop())
 
 
 def keep_apart(threads: int) -> AbstractContextManager[None]:

@@ -23,6 +23,7 @@ _HUNDRED = np.float32(100)
 _voxel = njit(inline="always", error_model="numpy")
 _chunk = njit(error_model="numpy")
 _kernel = njit(parallel=True, cache=True, error_model="numpy")
+_alone = njit(cache=True, error_model="numpy")
 
 
 @_voxel
@@ -73,25 +74,51 @@ def _subtract_and_fold_other(
         other_variance[i] = (_ONE - gain) * (other_variance[i] + step * d)
 
 
+@_chunk
+def _subtract_part(x, m, s, d, p, q, other_m, other_s, bessel, gain, same):
+    # Only where the arrays are known to be apart, or the same, does the loop vectorise.
+    if gain == _ZERO:
+        _subtract_only(x, m, s, d, p, q, bessel)
+    elif same:
+        _subtract_and_fold(x, m, s, d, p, q, bessel, gain)
+    else:
+        _subtract_and_fold_other(x, m, s, d, p, q, other_m, other_s, bessel, gain)
+
+
 @_kernel
 def subtract(
     volume, mean, variance, difference, psc, z, into_mean, into_variance, bessel, gain, threads
 ) -> None:
     """See `rtfmri.backends.Backend.subtract`; no *into* is said by gain 0."""
     n = volume.size
-    # Only where the arrays are known to be apart, or the same, does the loop vectorise.
     same = mean.ctypes.data == into_mean.ctypes.data
     for thread in prange(threads):
         part = slice(n * thread // threads, n * (thread + 1) // threads)
         x, m, s = volume[part], mean[part], variance[part]
         d, p, q = difference[part], psc[part], z[part]
-        if gain == _ZERO:
-            _subtract_only(x, m, s, d, p, q, bessel)
-        elif same:
-            _subtract_and_fold(x, m, s, d, p, q, bessel, gain)
-        else:
-            other = into_mean[part], into_variance[part]
-            _subtract_and_fold_other(x, m, s, d, p, q, other[0], other[1], bessel, gain)
+        other_m, other_s = into_mean[part], into_variance[part]
+        _subtract_part(x, m, s, d, p, q, other_m, other_s, bessel, gain, same)
+
+
+@_alone
+def subtract_few(
+    volume, mean, variance, difference, psc, z, into_mean, into_variance, bessel, gain
+) -> None:
+    """Do `subtract` on this thread: to wake another one takes longer."""
+    same = mean.ctypes.data == into_mean.ctypes.data
+    into = into_mean, into_variance
+    _subtract_part(
+        volume, mean, variance, difference, psc, z, into[0], into[1], bessel, gain, same
+    )
+
+
+@_chunk
+def _fold_part(x, m, s, gain):
+    for i in range(x.size):
+        d = np.float32(x[i]) - m[i]
+        step = gain * d
+        m[i] = m[i] + step
+        s[i] = (_ONE - gain) * (s[i] + step * d)
 
 
 @_kernel
@@ -100,12 +127,13 @@ def fold(volume, mean, variance, gain, threads) -> None:
     n = volume.size
     for thread in prange(threads):
         part = slice(n * thread // threads, n * (thread + 1) // threads)
-        x, m, s = volume[part], mean[part], variance[part]
-        for i in range(x.size):
-            d = np.float32(x[i]) - m[i]
-            step = gain * d
-            m[i] = m[i] + step
-            s[i] = (_ONE - gain) * (s[i] + step * d)
+        _fold_part(volume[part], mean[part], variance[part], gain)
+
+
+@_alone
+def fold_few(volume, mean, variance, gain) -> None:
+    """Do `fold` on this thread."""
+    _fold_part(volume, mean, variance, gain)
 
 
 @_kernel
@@ -192,15 +220,24 @@ class MomentsOperations(Threads):
         """See `rtfmri.backends.Backend.subtract`."""
         if into is None or refused(usable):
             into, gain = baseline, 0.0
-        scalars = np.float32(bessel), np.float32(gain), self._share(volume.size)
-        subtract(volume, *baseline, *out, *into, *scalars)
+        share = self._share(volume.size)
+        args = (volume, *baseline, *out, *into, np.float32(bessel), np.float32(gain))
+        if share == 1:
+            subtract_few(*args)
+        else:
+            subtract(*args, share)
 
     def fold(
         self, volume: Array, into: Moments, *, gain: float, usable: Array | None = None
     ) -> None:
         """See `rtfmri.backends.Backend.fold`."""
-        if not refused(usable):
-            fold(volume, *into, np.float32(gain), self._share(volume.size))
+        if refused(usable):
+            return
+        share = self._share(volume.size)
+        if share == 1:
+            fold_few(volume, *into, np.float32(gain))
+        else:
+            fold(volume, *into, np.float32(gain), share)
 
     def slide(
         self,
