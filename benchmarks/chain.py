@@ -240,8 +240,10 @@ class Chain:
         return volume
 
     def push(self) -> Result:
-        """Take the next mosaic all the way."""
-        return self.pipeline.push(self.decoded())
+        """Take the next mosaic all the way; then do, as a `Session` does, what could wait."""
+        result = self.pipeline.push(self.decoded())
+        self.pipeline.catch_up()
+        return result
 
 
 def run(plan: Plan) -> Tables:

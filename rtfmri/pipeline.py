@@ -338,9 +338,13 @@ class Pipeline:
     def catch_up(self) -> None:
         """Do what may wait until a result is out; else the next volume has to wait for it.
 
-        That is the end of ar1's warm-up, which a `Session` leaves for the time between volumes.
+        That is the end of ar1's warm-up, and what quality learns of a volume; a `Session` leaves
+        it for the time between volumes.
         """
-        if self._run and self._run.glm:
+        if self._run is None:
+            return
+        self._run.quality.catch_up()
+        if self._run.glm:
             self._run.glm.catch_up()
             self._run.roi.catch_up()
 

@@ -31,13 +31,12 @@ def test_a_volume_is_worked_on_apart_from_the_workers_and_what_starts_then_is_fr
         pytest.skip("not OpenMP")
     ids = np.zeros(len(processors), np.int32)
     _threads._tell_ids(ids)
-    workers = [os.sched_getaffinity(worker) for worker in ids[1:].tolist()]
-    assert all(len(where) == 1 for where in workers)
     with context:
         with context:
             pass
         mine = os.sched_getaffinity(0)
-    assert len(mine) == 1
+        workers = [os.sched_getaffinity(worker) for worker in ids[1:].tolist()]
+    assert all(len(where) == 1 for where in (mine, *workers))
     assert set().union(mine, *workers) == processors
     command = [sys.executable, "-c", "import os; print(len(os.sched_getaffinity(0)))"]
     child = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -53,6 +52,20 @@ def test_a_volume_is_worked_on_apart_from_the_workers_and_what_starts_then_is_fr
 def test_a_thread_is_free_again_after_an_error(processors):
     with pytest.raises(RuntimeError), open_backend("cpu").undisturbed():
         raise RuntimeError
+
+
+@LINUX
+def test_the_workers_make_room_wherever_the_thread_is(processors):
+    context = _threads.keep_apart(len(processors))
+    if not isinstance(context, _threads.Apart):
+        pytest.skip("one processor, or not OpenMP")
+    for processor in sorted(processors):
+        os.sched_setaffinity(0, {processor})
+        with context:
+            assert os.sched_getaffinity(0) == {processor}
+            homes = [os.sched_getaffinity(worker) for worker in context._workers]
+        assert set().union(*homes) == processors - {processor}
+        os.sched_setaffinity(0, processors)
 
 
 @LINUX

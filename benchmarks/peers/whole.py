@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rtfmri.backends import Backend
-from rtfmri.pipeline import Result
 
 from ..chain import FWHM_MM, Chain
 from ..measure import Plan, Row, Tables, grid_name, statistics_ms
@@ -132,14 +131,9 @@ def compare(backend: Backend, shape: tuple[int, int, int]) -> Row:
     seconds: dict[str, list[float]] = {name: [] for name in ("ours", "sum", *PEER_STAGES)}
     errors_mm: dict[str, list[float]] = {"ours": [], "peer": []}
 
-    results: list[Result] = []
-
-    def push() -> None:
-        results[:] = [chain.push()]
-
     for i in range(_N_BEFORE + n_timed):
         index = chain.n_pushed % n_images
-        ours_s = timed(push)
+        result = chain.push()
         image = chain.images[index]
         if i < _N_BEFORE:
             peer.begin(image)
@@ -149,12 +143,13 @@ def compare(backend: Backend, shape: tuple[int, int, int]) -> Row:
         marks = [timed(call) for call in (peer.realign, peer.reslice, peer.smooth)]
         glms = [on_one_blas_thread(partial(timed, call))() for call in peer.glms()]
         stages = [*marks, min(glms)]
-        for name, value in zip(("ours", *PEER_STAGES), (ours_s, *stages), strict=True):
+        for name, value in zip(
+            ("ours", *PEER_STAGES), (1e-3 * result.latency_ms, *stages), strict=True
+        ):
             seconds[name].append(value)
         seconds["sum"].append(sum(stages))
-        found = results[0].motion
-        assert found is not None
-        errors_mm["ours"].append(deviation_mm(found.affine, rigid(motion)))
+        assert result.motion is not None
+        errors_mm["ours"].append(deviation_mm(result.motion.affine, rigid(motion)))
         errors_mm["peer"].append(peer.error_mm(motion))
     median_ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     return {

@@ -141,8 +141,6 @@ class QualityStage:
 
     Attributes
     ----------
-    limits : (2, n) float64
-        On the host: lowest and highest value of each number in the next volume's report.
     usable : (1,) float32
         On the backend: 1 if the volume pushed last is usable, else 0.
     """
@@ -173,7 +171,14 @@ class QualityStage:
         self._mean_signal = self._mean_square = 0.0
         self._totals, self._dvars = _Running(shape[2], SLICE_FLOOR), _Running(1, DVARS_FLOOR)
         self._fewest_largest = self._fewest_not_finite = math.inf
-        self.limits = self._new_limits()
+        self._limits, self._unlearned = self._new_limits(), False
+        self._newest: tuple[Floats, float] = np.zeros((0, 0)), 0.0
+
+    @property
+    def limits(self) -> Floats:
+        """Lowest and highest value of each number in the next volume's report, (2, n), host."""
+        self.catch_up()
+        return self._limits
 
     def inspect(self, volume: Array) -> None:
         """Measure *volume* as the scanner sent it, (n_all,) int16, uint16 or float32."""
@@ -210,7 +215,8 @@ class QualityStage:
             The report, on the host; what lies behind its parts is left alone.
         """
         values = values[: self._parts.slices.stop]
-        outside = np.stack([~(values >= self.limits[0]), values > self.limits[1]])
+        low, high = self.limits
+        outside = np.stack([~(values >= low), values > high])
         slices = _rows(values[self._parts.slices])
         found = set(self._words[outside]) if outside.any() else set()
         if (
@@ -223,9 +229,9 @@ class QualityStage:
         dvars = math.sqrt(squares / self._n_voxels) if self._n_seen else math.nan
         expected = math.sqrt(self._mean_square)
         if found.isdisjoint(_BROKEN):
-            self._learn(slices, dvars)
+            self._newest = slices, dvars if self._previous_usable else math.nan
         self._count(signal, dvars, usable=not found)
-        self.limits = self._new_limits()
+        self._unlearned = True
         usable_min = self._n_usable * self._tr_s / 60
         return QualityValue(
             dvars=100 * dvars / mean_signal if mean_signal > 0 else math.nan,
@@ -278,10 +284,22 @@ class QualityStage:
             for name, noise in noises.items()
         }
 
+    def catch_up(self) -> None:
+        """Take the newest volume's numbers into what the next one is compared with.
+
+        That may wait until its result is out.
+        """
+        if not self._unlearned:
+            return
+        slices, dvars = self._newest
+        if slices.size:
+            self._learn(slices, dvars)
+        self._newest = np.zeros((0, 0)), 0.0
+        self._limits, self._unlearned = self._new_limits(), False
+
     def _learn(self, slices: Floats, dvars: float) -> None:
-        """Take a volume's numbers into what the next volumes are compared with."""
         self._totals.update(slices[:-1, _TOTAL])
-        if self._previous_usable:
+        if not math.isnan(dvars):
             self._dvars.update(np.array([dvars]))
         self._fewest_largest = min(self._fewest_largest, slices[-1, _N_LARGEST].item())
         self._fewest_not_finite = min(self._fewest_not_finite, slices[-1, _N_NOT_FINITE].item())
