@@ -93,6 +93,8 @@ class Rtspm:
         Of the Gaussian before, and between the points; OpenNFT has 5 and 4.
     """
 
+    LIMIT = "python-rtspm reslices only what is as wide as it is high"
+
     def __init__(
         self,
         grid: Grid,
@@ -121,6 +123,11 @@ class Rtspm:
         self.load(reference)
         self.estimate()
         self._first = False
+
+    @staticmethod
+    def takes(shape: Sequence[int]) -> bool:
+        """Tell whether a volume has a shape that it can reslice."""
+        return shape[0] == shape[1]
 
     def load(self, volume: NDArray[np.int16]) -> None:
         """See `Corrector.load`."""
@@ -285,7 +292,12 @@ def compare_correctors(backend: Backend, shape: tuple[int, int, int]) -> list[di
     backend.warm(np.int16)
     n_volumes = min(MOST_VOLUMES, max(FEWEST_VOLUMES, _MOST_VOXELS // phantom.grid.n_voxels))
     reference = phantom.volume(0, np.zeros(6))
-    peers = [peer for peer in PEERS if min(phantom.grid.voxel_size_mm) < peer.below_mm]
+    peers = [
+        peer
+        for peer in PEERS
+        if min(phantom.grid.voxel_size_mm) < peer.below_mm
+        and (peer.package != "rtspm" or Rtspm.takes(shape))
+    ]
     present = {peer.name: peer for peer in peers if find_spec(peer.package)}
     walked = _Trial({OURS: Rtfmri(backend, phantom.grid, reference)})
     for name, peer in present.items():

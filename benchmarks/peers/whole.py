@@ -116,7 +116,10 @@ def run(plan: Plan) -> Tables:
     rows = []
     for shape in plan.grids:
         plan.progress(f"the whole way against its peers, {grid_name(shape)}")
-        rows.append(compare(plan.backend, shape))
+        if Rtspm.takes(shape):
+            rows.append(compare(plan.backend, shape))
+        else:
+            rows.append({"skipped": f"{grid_name(shape)}: {Rtspm.LIMIT}"})
     return {"whole": rows}
 
 
