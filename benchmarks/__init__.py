@@ -16,7 +16,7 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Device
 from rtfmri.errors import ConfigError
 
-from . import chain, kernels, latency, peers, scaling, transports
+from . import chain, kernels, latency, peers, scaling, soak, sustained, transports
 from .measure import Plan, Tables, open_clock
 from .tables import FORMAT, rich_tables
 
@@ -31,13 +31,15 @@ SUITES = {
     "peers": "each stage, and all together, beside whatever else does the same work",
     "scaling": "what a volume costs as the run, the grid, the design, the regions grow",
     "latency": "from the scanner's side to the result, through every transport, at any TR",
+    "soak": "volumes without a pause for as long as one likes: what grows, what slows down",
 }
 _MODULES = {
     "kernels": (kernels,),
     "chain": (chain,),
     "peers": (peers,),
     "scaling": (scaling,),
-    "latency": (latency, transports),
+    "latency": (latency, sustained, transports),
+    "soak": (soak,),
 }
 LAYOUTS = {
     name: layout
@@ -53,6 +55,7 @@ def run(
     grids: Sequence[tuple[int, int, int]] = GRIDS,
     suites: Sequence[str] = tuple(SUITES),
     progress: Callable[[str], None] = lambda _: None,
+    finished: Callable[[dict[str, Any]], None] = lambda _: None,
     rounds: int = 8,
     minutes: float = 1.0,
 ) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def run(
         Names in `SUITES`.
     progress : callable
         Called with a few words before each step.
+    finished : callable
+        Called with the report so far after each suite.
     rounds : int
         How often the things to compare take turns; times are medians over the turns.
     minutes : float
@@ -91,10 +96,7 @@ def run(
     backend.warm("int16")
     plan = Plan(backend, open_clock(backend), grids, rounds, minutes, progress)
     tables: Tables = {}
-    for suite in suites:
-        for module in _MODULES[suite]:
-            tables |= module.run(plan)
-    return {
+    report = {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "rtfmri": rtfmri.__version__,
@@ -103,6 +105,15 @@ def run(
         "machine": machine.describe(),
         "tables": tables,
     }
+    for suite in suites:
+        for module in _MODULES[suite]:
+            try:
+                tables |= module.run(plan)
+            except ModuleNotFoundError as error:
+                skipped = {"skipped": f"{error.name} is not installed"}
+                tables |= {name: [skipped] for name in module.LAYOUTS}
+        finished(report)
+    return report
 
 
 def table(report: dict[str, Any]) -> "list[Table]":

@@ -58,14 +58,16 @@ def summary(tables: Tables) -> Iterator[Row]:
     yield from _motion([row for row in tables["motion"] if "estimate_ms" in row])
     yield from _smoothing(rows["smoothing"])
     for row in rows["baseline"]:
-        stage, peer = f"baseline, {row['caches']} caches", _fastest(row, "NumPy ")
+        stage, (name, peer_ms) = f"baseline, {row['caches']} caches", _fastest(row)
+        peer = _SHOWN[name], peer_ms
         errors = "error of z", row["z_error"]["fused"], row["z_error"]["numpy_in_place"]
         yield _row(row["grid"], stage, row["median_ms"], peer, errors, _memory(row))
     for row in rows["glm"]:
         if row["times_faster"]:
-            stage, peer = f"GLM, {row['caches']} caches", _fastest(row, "")
-            kind = "rls" if peer[0] == "rls" else "nilearn" if peer[0] == "nilearn" else "iglm"
-            errors = "error of t", row["t_error"]["ours"], row["t_error"][kind]
+            stage, (name, peer_ms) = f"GLM, {row['caches']} caches", _fastest(row)
+            peer = _SHOWN.get(name, name), peer_ms
+            theirs = row["t_error"][name.removesuffix("_in_place")]
+            errors = "error of t", row["t_error"]["ours"], theirs
             yield _row(row["grid"], stage, row["median_ms"], peer, errors, _memory(row))
 
 
@@ -94,10 +96,20 @@ def _row(
     }
 
 
-def _fastest(row: Row, prefix: str) -> tuple[str, float]:
+_SHOWN = {
+    "numpy_plain": "NumPy plain",
+    "numpy_guarded": "NumPy guarded",
+    "numpy_in_place": "NumPy in place",
+    "iglm": "NumPy GLM",
+    "iglm_in_place": "NumPy GLM in place",
+    "rls": "NumPy RLS",
+}
+
+
+def _fastest(row: Row) -> tuple[str, float]:
+    """Return the key of the fastest peer, and its time in ms."""
     name = min(row["times_faster"], key=row["times_faster"].__getitem__)
-    shown = name.removeprefix("numpy_").replace("_", " ")
-    return f"{prefix}{shown}", row[f"{name}_ms"]
+    return name, row[f"{name}_ms"]
 
 
 def _memory(row: Row) -> str:
