@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -360,7 +361,7 @@ class Pipeline:
         if run.prepare:
             run.prepare()
         else:
-            run.prepare = self._backend.record(self._prepare)
+            run.prepare = self._backend.record(_without_holding(self._prepare))
         run.quality.push(self._brain_voxels, limits)
         self._lap("quality")
         if run.glm:
@@ -692,6 +693,22 @@ class Pipeline:
         if self._holes is None:
             return flat
         return np.where(self._holes & ~np.isfinite(flat), np.float32(0), flat)
+
+
+def _without_holding(method: Callable[[], None]) -> Callable[[], None]:
+    """Return what calls *method* but does not keep its object.
+
+    A pipeline that kept itself would stay in memory, with all of its arrays, until Python looks
+    for circles.
+    """
+    weak = WeakMethod(method)
+
+    def call() -> None:
+        alive = weak()
+        assert alive is not None
+        alive()
+
+    return call
 
 
 def _finite(voxels: NDArray[Any]) -> NDArray[Any]:

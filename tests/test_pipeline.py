@@ -1,11 +1,13 @@
 """The per-TR path against float64, for every kind of baseline."""
 
+import gc
 import importlib
 import math
 import os
 import pkgutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numba
@@ -15,7 +17,7 @@ from numba.core.dispatcher import Dispatcher
 
 import rtfmri.backends.cpu as cpu
 from memory import ACTIVE, EVENTS, GRID, TR_S, plain, volumes
-from rtfmri.config import BaselineKind, BaselineSettings, Config, SmoothingSettings
+from rtfmri.config import BaselineKind, BaselineSettings, Config, MaskSettings, SmoothingSettings
 from rtfmri.errors import ConfigError, DeviceError, VolumeError
 from rtfmri.paradigm import Event, Paradigm
 from rtfmri.pipeline import Pipeline
@@ -290,3 +292,19 @@ def test_no_volume_waits_for_a_compiler(dtype: str, config: str) -> None:
         env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_pipeline_that_nobody_holds_is_gone_at_once():
+    grid = Grid((12, 12, 8), np.diag([4.0, 4.0, 4.0, 1.0]))
+    pipeline = Pipeline(grid, Config(device="cpu", mask=MaskSettings(source="none")))
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        data = np.asfortranarray(rng.integers(500, 1500, grid.shape, np.int16))
+        pipeline.push(Volume(data, grid, i, 1.0))
+    gone = weakref.ref(pipeline)
+    gc.disable()
+    try:
+        del pipeline
+        assert gone() is None
+    finally:
+        gc.enable()
