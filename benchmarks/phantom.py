@@ -96,20 +96,19 @@ class Phantom:
             ]
         )
 
-    def signal(self, motion: NDArray[np.float64], *, active: bool = False) -> NDArray[np.float32]:
+    def signal(self, motion: NDArray[np.float64], *, active: float = 0.0) -> NDArray[np.float32]:
         """Return the head without noise, (x, y, z) float32, x fastest.
 
         Parameters
         ----------
         motion : (6,) float64
             As for `rigid`.
-        active : bool
-            Whether the active region is on.
+        active : float
+            How far the active region is on, from 0 to 1.
         """
         signal = np.empty(self.grid.shape, np.float32, order="F")
         to_rest = np.linalg.inv(rigid(motion)) @ self.grid.affine
-        activation = ACTIVATION if active else 0.0
-        _render(signal, to_rest, self._half_axes_mm, self._waves, activation)
+        _render(signal, to_rest, self._half_axes_mm, self._waves, ACTIVATION * active)
         return signal
 
     def mask(self) -> NDArray[np.bool_] | None:
@@ -121,7 +120,7 @@ class Phantom:
         return head
 
     def volume(
-        self, index: int, motion: NDArray[np.float64], *, active: bool = False
+        self, index: int, motion: NDArray[np.float64], *, active: float = 0.0
     ) -> NDArray[np.int16]:
         """Return what the scanner sends, (x, y, z) int16, x fastest; the noise is *index*'s."""
         signal = self.signal(motion, active=active).reshape(-1, order="F")

@@ -1,9 +1,11 @@
-"""Make the pictures in README.md: run the demo, and a run that moves, and keep what they show."""
+"""Make the pictures in README.md: run the demo, and a run that moves, and draw the benchmarks."""
 
+import importlib
 import shutil
 import tempfile
 from pathlib import Path
 
+from rtfmri.cli import load_benchmarks
 from rtfmri.config import Config
 from rtfmri.demo import run_demo
 from rtfmri.report import write_report
@@ -13,8 +15,22 @@ MOVING = "simulator:finger-tapping?volumes=150&motion=1&spikes=1"
 DOCS = Path(__file__).resolve().parent
 
 
+def draw_benchmarks() -> None:
+    """Draw the newest result in benchmarks/results, as far as README.md shows it."""
+    name = load_benchmarks().__name__
+    tables = importlib.import_module(f"{name}.tables")
+    reports = tables.newest_reports(tables.FOLDER / "results")
+    newest = max(reports, key=lambda report: report["date"])
+    with tempfile.TemporaryDirectory() as folder:
+        for said in importlib.import_module(f"{name}.figures").draw(newest, Path(folder)):
+            print(said)
+        shutil.copy(Path(folder) / "peers.png", DOCS / "peers.png")
+        shutil.copy(Path(folder) / "latency.png", DOCS / "latency.png")
+
+
 def main() -> None:
     """Write the pictures beside this file."""
+    draw_benchmarks()
     with tempfile.TemporaryDirectory() as folder:
         report = run_demo(Path(folder) / "demo", device="cpu", say=print).out / "report"
         shutil.copy(report / "blobs-tapping.png", DOCS / "demo.png")

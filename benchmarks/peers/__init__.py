@@ -4,10 +4,13 @@ from collections.abc import Iterator
 
 from ..measure import Plan, Row, Tables
 from ..tables import Layout, number, text
-from . import baseline, decode, glm, motion, smoothing, whole
+from . import baseline, decode, glm, motion, reslice, roi, smoothing, whole
 
 ASKED, ASKED_OF_ALL = 5, 40
 """How many times faster than its fastest peer a stage is to be, and the whole."""
+NOT_INSTALLED = " is not installed"
+
+_STAGES = (whole, decode, motion, reslice, smoothing, baseline, glm, roi)
 
 LAYOUTS = {
     "peers": Layout(
@@ -15,7 +18,7 @@ LAYOUTS = {
         (
             ("grid", text("grid")),
             ("stage", text("stage")),
-            ("ours ms", number(3, "median_ms")),
+            ("ours ms", number(4, "median_ms")),
             ("fastest peer", text("peer")),
             ("its ms", number(3, "peer_ms")),
             ("times", number(1, "times")),
@@ -26,21 +29,25 @@ LAYOUTS = {
             ("why not", text("why")),
         ),
     ),
-    **whole.LAYOUTS,
-    **decode.LAYOUTS,
-    **motion.LAYOUTS,
-    **smoothing.LAYOUTS,
-    **baseline.LAYOUTS,
-    **glm.LAYOUTS,
+    **{name: layout for stage in _STAGES for name, layout in stage.LAYOUTS.items()},
 }
 
 
 def run(plan: Plan) -> Tables:
     """Return the rows of each stage's tables, and of the table ``peers`` made from them."""
     tables: Tables = {}
-    for stage in (whole, decode, motion, smoothing, baseline, glm):
+    for stage in _STAGES:
         tables |= stage.run(plan)
-    return {"peers": list(summary(tables))} | tables
+    return {"peers": [*summary(tables), *absent(tables)]} | tables
+
+
+def absent(tables: Tables) -> Iterator[Row]:
+    """Yield what says of each peer that is missing in *tables* that it is, once."""
+    told = (
+        str(row.get("skipped", row.get("tool", ""))) for rows in tables.values() for row in rows
+    )
+    for what in dict.fromkeys(what for what in told if what.endswith(NOT_INSTALLED)):
+        yield {"skipped": what}
 
 
 def summary(tables: Tables) -> Iterator[Row]:
@@ -51,24 +58,33 @@ def summary(tables: Tables) -> Iterator[Row]:
     rows = {name: [row for row in table if "median_ms" in row] for name, table in tables.items()}
     for row in rows["whole"]:
         peer = "python-rtspm + NumPy GLM", row["peer_ms"]
-        errors = "motion, rms mm", row["rms_mm"], row["peer_rms_mm"]
-        why = f"{row['peer_ms'] - row['glm_ms']:.0f} ms of the peer's are python-rtspm's"
-        yield _row(row["grid"], "whole chain", row["median_ms"], peer, errors, why, ASKED_OF_ALL)
+        measure = f"activation, rms %; noise alone {row['still_effect_error']:.3f}"
+        errors = measure, row["effect_error"], row["peer_effect_error"]
+        yield _row(
+            row["grid"], "whole chain", row["median_ms"], peer, errors, _slowest(row), ASKED_OF_ALL
+        )
     yield from _decode(rows["decode"])
-    yield from _motion([row for row in tables["motion"] if "estimate_ms" in row])
-    yield from _smoothing(rows["smoothing"])
+    motion_rows = [
+        {**row, "median_ms": row["estimate_ms"]}
+        for row in tables["motion"]
+        if "estimate_ms" in row
+    ]
+    yield from _by_tool(motion_rows, "motion, estimate", ("error, rms mm", "rms_mm"))
+    yield from _by_tool(rows["reslice"], "motion, reslice", ("error, rms of 1000", "error"))
+    yield from _by_tool(rows["smoothing"], "smoothing", ("deviation, ppm", "deviation_ppm"))
     for row in rows["baseline"]:
         stage, (name, peer_ms) = f"baseline, {row['caches']} caches", _fastest(row)
+        errors = "error of z", row["z_error"]["fused"], row["z_error"][name]
         peer = _SHOWN[name], peer_ms
-        errors = "error of z", row["z_error"]["fused"], row["z_error"]["numpy_in_place"]
-        yield _row(row["grid"], stage, row["median_ms"], peer, errors, _memory(row))
+        yield _row(row["grid"], stage, row["median_ms"], peer, errors, _memory(row, peer_ms))
     for row in rows["glm"]:
         if row["times_faster"]:
             stage, (name, peer_ms) = f"GLM, {row['caches']} caches", _fastest(row)
-            peer = _SHOWN.get(name, name), peer_ms
             theirs = row["t_error"][name.removesuffix("_in_place")]
             errors = "error of t", row["t_error"]["ours"], theirs
-            yield _row(row["grid"], stage, row["median_ms"], peer, errors, _memory(row))
+            peer = _SHOWN.get(name, name), peer_ms
+            yield _row(row["grid"], stage, row["median_ms"], peer, errors, _memory(row, peer_ms))
+    yield from _by_tool(rows["roi"], "means of regions", ("error, parts of 1e9", "error_ppb"))
 
 
 def _row(
@@ -112,17 +128,22 @@ def _fastest(row: Row) -> tuple[str, float]:
     return name, row[f"{name}_ms"]
 
 
-def _memory(row: Row) -> str:
-    return (
-        f"memory: at {row['stream_gb_s']:.0f} GB/s of the stream the least bytes take "
-        f"{row['allowed_ms']:.3f} ms, ours takes {row['of_allowed']:.2f} times that"
-    )
-
-
 def _of_grid(rows: list[Row]) -> Iterator[tuple[str, dict[str, Row]]]:
     """Yield each grid and its rows by tool."""
     for grid in dict.fromkeys(row["grid"] for row in rows):
         yield grid, {row["tool"]: row for row in rows if row["grid"] == grid}
+
+
+def _by_tool(rows: list[Row], stage: str, error: tuple[str, str]) -> Iterator[Row]:
+    """Yield a stage's rows from those of its tools; *error* is how it is called and its key."""
+    measure, key = error
+    for grid, by_tool in _of_grid(rows):
+        ours = by_tool.pop(motion.OURS)
+        if by_tool:
+            peer = min(by_tool.values(), key=lambda row: row["median_ms"])
+            found = peer["tool"], peer["median_ms"]
+            errors, why = (measure, ours[key], peer[key]), _why(ours, peer["median_ms"])
+            yield _row(grid, stage, ours["median_ms"], found, errors, why)
 
 
 def _decode(rows: list[Row]) -> Iterator[Row]:
@@ -131,38 +152,42 @@ def _decode(rows: list[Row]) -> Iterator[Row]:
         ours, peer = by_tool[decode.OURS], min(peers, key=lambda row: row["median_ms"])
         bare_ms = by_tool["read + cut alone"]["median_ms"]
         why = (
-            f"reading and cutting alone take {bare_ms:.3f} ms of it; only ours also tells "
+            f"to read the file and cut it up alone takes {bare_ms:.3f} ms, so that at most "
+            f"{peer['median_ms'] / bare_ms:.1f} times are possible; only ours also reads "
             "geometry, TR and slice times"
         )
         wrong = [float(row["voxels"] != "identical") for row in (ours, peer)]
-        errors = "other voxels", wrong[0], wrong[1]
-        yield _row(
-            grid,
-            "decode",
-            ours["median_ms"],
-            (peer["tool"], peer["median_ms"]),
-            errors,
-            why,
+        found = peer["tool"], peer["median_ms"]
+        errors = "wrong voxels", wrong[0], wrong[1]
+        yield _row(grid, "decode", ours["median_ms"], found, errors, why)
+
+
+def _why(ours: Row, peer_ms: float) -> str:
+    """Return what was measured beside *ours* that says what it is bound by."""
+    if "allowed_ms" in ours:
+        return _memory(ours, peer_ms)
+    if "start_us" in ours:
+        ours_us = 1e3 * ours["median_ms"]
+        each_ns = 1e3 * (ours_us - ours["start_us"]) / ours["n_voxels"]
+        return (
+            f"starting: a call for one voxel takes {ours['start_us']:.1f} of the {ours_us:.1f} "
+            f"µs, each voxel with its weight {each_ns:.2f} ns"
         )
+    return "not known: nothing was measured beside it"
 
 
-def _motion(rows: list[Row]) -> Iterator[Row]:
-    for grid, by_tool in _of_grid(rows):
-        ours = by_tool.pop(motion.OURS)
-        for stage in ("estimate", "reslice"):
-            key = f"{stage}_ms"
-            if by_tool:
-                peer = min(by_tool.values(), key=lambda row: row[key])
-                errors = "motion, rms mm", ours["rms_mm"], peer["rms_mm"]
-                found = peer["tool"], peer[key]
-                yield _row(grid, f"motion, {stage}", ours[key], found, errors, "")
+def _slowest(row: Row) -> str:
+    steps = sorted(row["steps_ms"].items(), key=lambda step: -step[1])[:3]
+    parts = ", ".join(f"{step} {ms:.2f} ms" for step, ms in steps)
+    return (
+        f"most of ours is {parts}; its fastest volume took {row['min_ms']:.2f} ms, "
+        f"{row['peer_ms'] / row['min_ms']:.0f} times less"
+    )
 
 
-def _smoothing(rows: list[Row]) -> Iterator[Row]:
-    for grid, by_tool in _of_grid(rows):
-        ours = by_tool.pop(smoothing.OURS)
-        if by_tool:
-            peer = min(by_tool.values(), key=lambda row: row["median_ms"])
-            errors = "deviation, ppm", ours["deviation_ppm"], peer["deviation_ppm"]
-            found = peer["tool"], peer["median_ms"]
-            yield _row(grid, "smoothing", ours["median_ms"], found, errors, "")
+def _memory(row: Row, peer_ms: float) -> str:
+    return (
+        f"memory: at {row['stream_gb_s']:.0f} GB/s of the stream the least bytes take "
+        f"{row['allowed_ms']:.3f} ms, so that at most {peer_ms / row['allowed_ms']:.1f} times are "
+        f"possible; ours takes {row['of_allowed']:.2f} times as long as they"
+    )

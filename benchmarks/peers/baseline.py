@@ -136,6 +136,8 @@ LAYOUTS = {
             ("in place ms", number(3, "numpy_in_place_ms")),
             ("times", number(1, "times_faster", "numpy_in_place")),
             ("largest error of z", number(7, "z_error", "fused")),
+            ("guarded", number(7, "z_error", "numpy_guarded")),
+            ("plain", number(7, "z_error", "numpy_plain")),
             ("in place", number(7, "z_error", "numpy_in_place")),
             ("stream GB/s", number(1, "stream_gb_s")),
             ("26 B/voxel allow ms", number(4, "allowed_ms")),
@@ -168,9 +170,8 @@ def _against_numpy(
     fused = Fused(backend, mean, variance)
     peers: dict[str, Call] = {}
     in_place = InPlace(mean.copy(), variance.copy())
-    plain = Plain(mean, variance, N_BEFORE)
+    plain, guarded = (form(mean, variance, N_BEFORE) for form in (Plain, Guarded))
     peers["numpy_in_place"] = lambda: in_place(volume, N_BEFORE)
-    guarded = Guarded(mean, variance, N_BEFORE)
     peers["numpy_plain"] = lambda: plain(volume, N_BEFORE)
     peers["numpy_guarded"] = lambda: guarded(volume, N_BEFORE)
     if backend.name == "cpu":
@@ -179,8 +180,14 @@ def _against_numpy(
 
     on_device = backend.copy(volume)
     fused(on_device, N_BEFORE)
-    in_place(volume, N_BEFORE)
-    z = {"fused": backend.download(fused.out.z), "numpy_in_place": in_place.z.copy()}
+    z = {"fused": backend.download(fused.out.z)}
+    for name, peer in (
+        ("numpy_in_place", in_place),
+        ("numpy_plain", plain),
+        ("numpy_guarded", guarded),
+    ):
+        peer(volume, N_BEFORE)
+        z[name] = np.array(peer.z)
     exact = (volume - mean.astype(np.float64)) / np.sqrt(
         variance.astype(np.float64) * N_BEFORE / (N_BEFORE - 1)
     )

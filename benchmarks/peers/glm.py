@@ -127,6 +127,11 @@ class Iglm:
         variance = self._squares / self._n - np.sum(scores**2, axis=1)
         return np.asarray(coefficients @ self._contrast / np.sqrt(scale * variance))
 
+    def effect(self) -> _F64:
+        """Return the contrast of the coefficients, (n_voxels,)."""
+        inverse, _ = self._solved()
+        return np.asarray(self._products @ (inverse.T @ (inverse @ self._contrast)) / self._n)
+
     def _count(self, row: _F64) -> None:
         self._n += 1
         self._covariance += (np.outer(row, row) - self._covariance) / self._n

@@ -141,6 +141,10 @@ class Rtspm:
             found = self._spm.spm_realign_rt(self._images, self._flags, index, 0, *self._template)
         self._images, self._template = found[0], found[1:7]
 
+    def place(self, transform: NDArray[np.float64]) -> None:
+        """Take a *transform*, as that below, for what was estimated."""
+        self._images[1]["mat"] = np.linalg.inv(transform) @ self._affine
+
     def reslice(self) -> Any:
         """See `Corrector.reslice`; return the volume, (x, y, z) float64."""
         return self._spm.spm_reslice_rt(self._images, self._flags)
