@@ -25,7 +25,7 @@ def draw_benchmarks() -> None:
         for said in importlib.import_module(f"{name}.figures").draw(newest, Path(folder)):
             print(said)
         shutil.copy(Path(folder) / "peers.png", DOCS / "peers.png")
-        shutil.copy(Path(folder) / "latency.png", DOCS / "latency.png")
+        shutil.copy(Path(folder) / "scaling.png", DOCS / "scaling.png")
 
 
 def main() -> None:
