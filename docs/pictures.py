@@ -25,7 +25,7 @@ def draw_benchmarks() -> None:
         for said in importlib.import_module(f"{name}.figures").draw(newest, Path(folder)):
             print(said)
         shutil.copy(Path(folder) / "peers.png", DOCS / "peers.png")
-        shutil.copy(Path(folder) / "scaling.png", DOCS / "scaling.png")
+        shutil.copy(Path(folder) / "roofline.png", DOCS / "roofline.png")
 
 
 def main() -> None:
