@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rtfmri.errors import ConfigError
 
 from .measure import Row
-from .peers.motion import OURS
+from .peers.turns import OURS
 from .tables import FORMAT
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rtfmri.backends import Backend
 from rtfmri.machine import Triad, beyond_caches_bytes
@@ -296,6 +297,18 @@ def noise(values: Sequence[float]) -> float:
         return 0.0
     medians = [float(np.median(part)) for part in np.array_split(values, _N_PARTS)]
     return (max(medians) - min(medians)) / 2 / statistics.median(values)
+
+
+def seconds_of(call: Call) -> float:
+    """Return the seconds that *call*, which is done when it returns, takes."""
+    started_s = time.perf_counter()
+    call()
+    return time.perf_counter() - started_s
+
+
+def rms(values: Sequence[float] | NDArray[np.floating[Any]]) -> float:
+    """Return the root of the mean square."""
+    return float(np.sqrt(np.mean(np.square(values))))
 
 
 def gb_per_s(n_bytes: float, seconds: Sequence[float]) -> float:

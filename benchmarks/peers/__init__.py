@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from ..measure import Plan, Row, Tables
 from ..tables import Layout, number, text
 from . import baseline, decode, glm, motion, reslice, roi, smoothing, whole
+from .turns import OURS
 
 ASKED, ASKED_OF_ALL = 5, 40
 """How many times faster than its fastest peer a stage is to be, and the whole."""
@@ -138,7 +139,7 @@ def _by_tool(rows: list[Row], stage: str, error: tuple[str, str]) -> Iterator[Ro
     """Yield a stage's rows from those of its tools; *error* is how it is called and its key."""
     measure, key = error
     for grid, by_tool in _of_grid(rows):
-        ours = by_tool.pop(motion.OURS)
+        ours = by_tool.pop(OURS)
         if by_tool:
             peer = min(by_tool.values(), key=lambda row: row["median_ms"])
             found = peer["tool"], peer["median_ms"]
@@ -149,7 +150,7 @@ def _by_tool(rows: list[Row], stage: str, error: tuple[str, str]) -> Iterator[Ro
 def _decode(rows: list[Row]) -> Iterator[Row]:
     for grid, by_tool in _of_grid(rows):
         peers = [by_tool[name] for name in ("pydicom", "dicomsdl") if name in by_tool]
-        ours, peer = by_tool[decode.OURS], min(peers, key=lambda row: row["median_ms"])
+        ours, peer = by_tool[OURS], min(peers, key=lambda row: row["median_ms"])
         bare_ms = by_tool["read + cut alone"]["median_ms"]
         why = (
             f"to read the file and cut it up alone takes {bare_ms:.3f} ms, so that at most "

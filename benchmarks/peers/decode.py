@@ -18,10 +18,10 @@ from rtfmri.volume import Volume, as_voxels, untiled
 from ..measure import Plan, Row, Tables, grid_name, statistics_ms
 from ..phantom import Phantom, drifting
 from ..tables import Layout, number, text
+from .turns import OURS
 
 N_FILES = 12
 TR_S = 1.0
-OURS = "rtfmri"
 
 LAYOUTS = {
     "decode": Layout(

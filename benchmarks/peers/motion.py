@@ -6,7 +6,6 @@ Neither peer is needed: `pip install 'rtfmri[bench]'` brings them.
 import importlib
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
@@ -20,9 +19,10 @@ from rtfmri.stages.brain import BrainStage
 from rtfmri.stages.motion import MotionStage
 from rtfmri.volume import Grid
 
-from ..measure import Call, Plan, Tables, grid_name
+from ..measure import Plan, Tables, grid_name, rms, seconds_of
 from ..phantom import Phantom, deviation_mm, jumps, rigid, walk
 from ..tables import Layout, number, text
+from .turns import OURS
 
 MOST_VOLUMES, FEWEST_VOLUMES = 40, 8
 _MOST_VOXELS = 12_000_000
@@ -240,7 +240,6 @@ class Tool(NamedTuple):
     for_time: bool = False
 
 
-OURS = "rtfmri"
 PEERS = (
     Tool("python-rtspm", "rtspm", Rtspm),
     Tool(
@@ -329,7 +328,7 @@ def compare_correctors(backend: Backend, shape: tuple[int, int, int]) -> list[di
             "grid": grid_name(shape),
             "tool": name,
             "n_volumes": n_volumes,
-            "rms_mm": _rms(errors_mm),
+            "rms_mm": rms(errors_mm),
             "max_mm": max(errors_mm),
             "estimate_ms": estimate_ms,
             "reslice_ms": reslice_ms,
@@ -337,7 +336,7 @@ def compare_correctors(backend: Backend, shape: tuple[int, int, int]) -> list[di
         }
         if name in accurate:
             row["jump_mm"] = max(jumped.errors_mm[name])
-            row["active_mm"] = _rms(active.errors_mm[name])
+            row["active_mm"] = rms(active.errors_mm[name])
         rows.append(row)
     for row in rows:
         row["times_ours"] = row["together_ms"] / rows[0]["together_ms"]
@@ -364,21 +363,11 @@ class _Trial:
         """Register *volume* by each; its error counts if *motion* is given."""
         for name, corrector in self.correctors.items():
             corrector.load(volume)
-            estimate_s = _seconds(corrector.estimate)
+            estimate_s = seconds_of(corrector.estimate)
             if timed:
                 estimates_s, reslices_s = self.seconds.setdefault(name, ([], []))
                 estimates_s.append(estimate_s)
-                reslices_s.append(_seconds(corrector.reslice))
+                reslices_s.append(seconds_of(corrector.reslice))
             if motion is not None:
                 error_mm = deviation_mm(corrector.transform(), rigid(motion))
                 self.errors_mm.setdefault(name, []).append(error_mm)
-
-
-def _seconds(call: Call) -> float:
-    started_s = time.perf_counter()
-    call()
-    return time.perf_counter() - started_s
-
-
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(statistics.fmean(value**2 for value in values))

@@ -1,9 +1,7 @@
 """A volume sampled where the head is known to be: time, and error against the head at rest."""
 
 import importlib
-import statistics
-from collections.abc import Callable
-from importlib.util import find_spec
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,24 +12,12 @@ from rtfmri.config import Config
 from rtfmri.stages.brain import BrainStage
 from rtfmri.volume import Grid
 
-from ..measure import (
-    Clock,
-    Plan,
-    Row,
-    Tables,
-    gb_per_s,
-    grid_name,
-    peers_clock,
-    statistics_ms,
-    take_turns,
-)
+from ..measure import Clock, Plan, Row, Tables, grid_name
 from ..phantom import Phantom, rigid
 from ..tables import Layout, number, text
 from .motion import Rtspm
+from .turns import Makers, Work, compare_cold
 
-OURS = "rtfmri"
-NEEDED_BYTES = 6
-"""A voxel's bytes that any such step must move: int16 in, float32 out."""
 MOTION = np.array([0.7, -0.4, 0.5, 0.6, -0.8, 0.5])
 """As for `phantom.rigid`."""
 _LEAST_SIGNAL = 500.0
@@ -52,8 +38,6 @@ LAYOUTS = {
     ),
 }
 
-_Reslice = Callable[[], NDArray[Any]]
-
 
 class Peers:
     """What else reslices, each from the form of the volume that it takes best.
@@ -72,7 +56,7 @@ class Peers:
     ) -> None:
         self._grid, self._volume, self._transform = grid, volume, transform
 
-    def present(self) -> dict[str, tuple[str, Callable[[], _Reslice]]]:
+    def present(self) -> Makers:
         """Return by name the package that a peer needs, and what makes it."""
         return {
             "scipy.ndimage, cubic": ("scipy", self._scipy),
@@ -84,7 +68,7 @@ class Peers:
             ),
         }
 
-    def _scipy(self) -> _Reslice:
+    def _scipy(self) -> Work:
         from scipy.ndimage import affine_transform
 
         matrix = place_of(self._grid, self._transform)
@@ -96,7 +80,7 @@ class Peers:
 
         return reslice
 
-    def _simpleitk(self) -> _Reslice:
+    def _simpleitk(self) -> Work:
         itk = importlib.import_module("SimpleITK")
         image = itk.GetImageFromArray(self._volume.T.astype(np.float32))
         image.SetSpacing([float(size) for size in self._grid.voxel_size_mm])
@@ -116,7 +100,7 @@ class Peers:
 
         return reslice
 
-    def _rtspm(self) -> _Reslice:
+    def _rtspm(self) -> Work:
         spm = Rtspm(self._grid, self._volume)
         spm.place(self._transform)
         return lambda: np.asarray(spm.reslice())
@@ -147,44 +131,14 @@ def compare(backend: Backend, clock: Clock, shape: tuple[int, int, int], rounds:
     # Of a pose, reslicing needs no more than this.
     matrix = backend.copy(place_of(grid, transform)[:3].ravel())
     pose = Pose(*(matrix,) * len(Pose._fields))
-    host, stream = peers_clock(clock), clock.largest
 
     def ours() -> NDArray[Any]:
         brain.reslice(voxels, pose)
         return brain.image(backend.download(brain.smooth()))
 
-    reslices: dict[str, _Reslice] = {OURS: ours}
-    ours()
-    timers = {
-        OURS: clock.timer(lambda: brain.reslice(voxels, pose), cold=True),
-        "stream": clock.timer(stream, cold=True),
-    }
-    missing: list[Row] = []
-    for name, (package, make) in Peers(grid, volume, transform).present().items():
-        if find_spec(package):
-            reslices[name] = make()
-            timers[name] = host.timer(reslices[name], cold=True)
-        else:
-            missing.append({**where, "tool": f"{name.split(',')[0]} is not installed"})
-    slow = [name for name in timers if name not in (OURS, "stream")]
-    seconds = take_turns(timers, rounds, cold=True, slow=slow)
-    stream_gb_s = gb_per_s(stream.n_bytes, seconds.pop("stream"))
-    ours_s = statistics.median(seconds[OURS])
-    allowed_ms = 1e-6 * NEEDED_BYTES * grid.n_voxels / stream_gb_s
-    inside = at_rest > _LEAST_SIGNAL
-    rows: list[Row] = [
-        {
-            **where,
-            "tool": name,
-            **statistics_ms(values),
-            "times_ours": statistics.median(values) / ours_s,
-            "error": float(np.sqrt(np.mean((reslices[name]() - at_rest)[inside] ** 2))),
-        }
-        for name, values in seconds.items()
-    ]
-    rows[0] |= {
-        "stream_gb_s": stream_gb_s,
-        "allowed_ms": allowed_ms,
-        "of_allowed": 1e3 * ours_s / allowed_ms,
-    }
-    return [*rows, *missing]
+    def errors(resliced: NDArray[Any]) -> Row:
+        return {"error": float(np.sqrt(np.mean((resliced - at_rest)[inside] ** 2)))}
+
+    inside, makers = at_rest > _LEAST_SIGNAL, Peers(grid, volume, transform).present()
+    timed = partial(brain.reslice, voxels, pose)
+    return compare_cold(clock, where, grid.n_voxels, (timed, ours), makers, errors, rounds)

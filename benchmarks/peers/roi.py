@@ -16,8 +16,8 @@ from rtfmri.volume import Grid
 from ..measure import Clock, Plan, Row, Tables, grid_name, peers_clock, statistics_ms, take_turns
 from ..phantom import Phantom
 from ..tables import Layout, number, text
+from .turns import OURS
 
-OURS = "rtfmri"
 RADIUS_MM = 10.0
 _CENTRES_MM = (-34.0, -12.0, 18.0), (34.0, -12.0, 18.0), (0.0, 40.0, 0.0), (0.0, -40.0, 0.0)
 

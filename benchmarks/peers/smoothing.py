@@ -2,8 +2,7 @@
 
 import importlib
 import math
-import statistics
-from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,23 +14,12 @@ from rtfmri.stages.smoothing import SmoothingStage
 from rtfmri.volume import Grid
 
 from ..chain import FWHM_MM
-from ..measure import (
-    Clock,
-    Plan,
-    Row,
-    Tables,
-    gb_per_s,
-    grid_name,
-    peers_clock,
-    statistics_ms,
-    take_turns,
-)
+from ..measure import Clock, Plan, Row, Tables, grid_name
 from ..phantom import Phantom
 from ..tables import Layout, number, text
+from .turns import Makers, Work, compare_cold
 
-OURS = "rtfmri"
-NEEDED_BYTES = 6
-"""A voxel's bytes that any such step must move: int16 in, float32 out."""
+_SIGMA_MM = FWHM_MM / math.sqrt(8 * math.log(2))
 
 LAYOUTS = {
     "smoothing": Layout(
@@ -48,8 +36,6 @@ LAYOUTS = {
     ),
 }
 
-_Smooth = Callable[[], NDArray[Any]]
-
 
 class Peers:
     """What else smooths, each with the form of the volume that it takes best.
@@ -65,7 +51,7 @@ class Peers:
         self._voxel_mm = np.array(phantom.grid.voxel_size_mm)
         self.sigmas = sigmas_of(phantom.grid)
 
-    def present(self) -> dict[str, tuple[str, Callable[[], _Smooth]]]:
+    def present(self) -> Makers:
         """Return by name the package that a peer needs, and what makes it."""
         return {
             "scipy.ndimage": ("scipy", self._scipy),
@@ -74,7 +60,7 @@ class Peers:
             "SimpleITK, recursive": ("SimpleITK", self._simpleitk),
         }
 
-    def _scipy(self) -> _Smooth:
+    def _scipy(self) -> Work:
         from scipy.ndimage import gaussian_filter
 
         out = np.empty(self._volume.shape, np.float32, order="F")
@@ -85,24 +71,24 @@ class Peers:
 
         return smooth
 
-    def _nilearn(self) -> _Smooth:
+    def _nilearn(self) -> Work:
         from nibabel import Nifti1Image
         from nilearn.image import smooth_img
 
         image = Nifti1Image(self._volume.astype(np.float32), self._affine)
         return lambda: np.asarray(smooth_img(image, FWHM_MM).dataobj)
 
-    def _rtspm(self) -> _Smooth:
+    def _rtspm(self) -> Work:
         spm = importlib.import_module("rtspm")
         volume, kernel = np.asfortranarray(self._volume, np.float64), FWHM_MM / self._voxel_mm
         return lambda: np.asarray(spm.spm_smooth(volume, kernel))
 
-    def _simpleitk(self) -> _Smooth:
+    def _simpleitk(self) -> Work:
         itk = importlib.import_module("SimpleITK")
         image = itk.GetImageFromArray(self._volume.T.astype(np.float32))
         image.SetSpacing(self._voxel_mm.tolist())
         smooth = itk.SmoothingRecursiveGaussianImageFilter()
-        smooth.SetSigma(FWHM_MM / math.sqrt(8 * math.log(2)))
+        smooth.SetSigma(_SIGMA_MM)
         smoothed: list[Any] = []
 
         def once() -> NDArray[Any]:
@@ -114,7 +100,7 @@ class Peers:
 
 def sigmas_of(grid: Grid) -> NDArray[np.float64]:
     """Return the Gaussian's standard deviation along x, y, z, in voxels."""
-    return FWHM_MM / math.sqrt(8 * math.log(2)) / np.array(grid.voxel_size_mm)
+    return _SIGMA_MM / np.array(grid.voxel_size_mm)
 
 
 def exactly_smoothed(volume: NDArray[Any], grid: Grid) -> NDArray[np.float64]:
@@ -143,50 +129,21 @@ def compare(backend: Backend, clock: Clock, shape: tuple[int, int, int], rounds:
     voxels = backend.copy(volume.reshape(-1, order="F"))
     stage = SmoothingStage(backend, phantom.grid, FWHM_MM)
     peers, where = Peers(phantom, volume), {"grid": grid_name(shape)}
-    host = peers_clock(clock)
-
-    def ours() -> NDArray[Any]:
-        return np.asarray(backend.download(stage.push(voxels))).reshape(shape, order="F")
-
-    smooths: dict[str, _Smooth] = {OURS: ours}
-    timers = {
-        OURS: clock.timer(lambda: stage.push(voxels), cold=True),
-        "stream": clock.timer(clock.largest, cold=True),
-    }
-    missing: list[Row] = []
-    for name, (package, make) in peers.present().items():
-        if not find_spec(package):
-            missing.append({**where, "tool": f"{name} is not installed"})
-            continue
-        smooths[name] = make()
-        timers[name] = host.timer(smooths[name], cold=True)
-    slow = [name for name in smooths if name != OURS]
-    seconds = take_turns(timers, rounds, cold=True, slow=slow)
-    stream_gb_s = gb_per_s(clock.largest.n_bytes, seconds.pop("stream"))
-    allowed_ms = 1e-6 * NEEDED_BYTES * phantom.grid.n_voxels / stream_gb_s
-    reference, ours_s = exactly_smoothed(volume, phantom.grid), statistics.median(seconds[OURS])
+    reference = exactly_smoothed(volume, phantom.grid)
     # Away from the edges, for which tools have rules of their own, and of these what is there.
     margin = tuple(slice(r, n - r) for n, r in zip(shape, _reach(peers.sigmas), strict=True))
     inside = margin if reference[margin].size else (slice(None),) * 3
     signal = np.abs(reference[inside]).max()
-    rows: list[Row] = [
-        {
-            **where,
-            "tool": name,
-            **statistics_ms(values),
-            "times_ours": statistics.median(values) / ours_s,
-            "deviation_ppm": float(
-                1e6 * np.abs(smooths[name]()[inside] - reference[inside]).max() / signal
-            ),
-        }
-        for name, values in seconds.items()
-    ]
-    rows[0] |= {
-        "stream_gb_s": stream_gb_s,
-        "allowed_ms": allowed_ms,
-        "of_allowed": 1e3 * ours_s / allowed_ms,
-    }
-    return [*rows, *missing]
+
+    def ours() -> NDArray[Any]:
+        return np.asarray(backend.download(stage.push(voxels))).reshape(shape, order="F")
+
+    def errors(smoothed: NDArray[Any]) -> Row:
+        deviation = np.abs(smoothed[inside] - reference[inside]).max()
+        return {"deviation_ppm": float(1e6 * deviation / signal)}
+
+    timed, n_voxels = partial(stage.push, voxels), phantom.grid.n_voxels
+    return compare_cold(clock, where, n_voxels, (timed, ours), peers.present(), errors, rounds)
 
 
 def _reach(sigmas: NDArray[np.float64]) -> list[int]:

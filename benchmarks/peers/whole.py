@@ -3,7 +3,7 @@
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +19,7 @@ from rtfmri.pipeline import Pipeline, Result
 from rtfmri.volume import Volume, tiled, untiled
 
 from ..chain import FWHM_MM, TR_S, new_pipeline
-from ..measure import Plan, Row, Tables, grid_name, statistics_ms
+from ..measure import Plan, Row, Tables, grid_name, rms, seconds_of, statistics_ms
 from ..phantom import DRIFT, Phantom, deviation_mm, rigid, walk
 from ..tables import Layout, number, text
 from .glm import Iglm, InPlaceIglm, on_one_blas_thread
@@ -141,7 +141,7 @@ class Run:
         change = active - rest
         inside = change > change.max() / 2
         wrong = (effect * self._largest - change)[inside] / rest[inside]
-        return 100 * _rms(wrong)
+        return 100 * rms(wrong)
 
 
 class Ours:
@@ -228,8 +228,8 @@ class Theirs:
             if index >= N_BEFORE:
                 form.t(glm)
 
-        of_all = partial(timed, partial(step, self._of_all, volume))
-        of_brain = partial(timed, partial(step, self._of_brain, volume[self._brain]))
+        of_all = partial(seconds_of, partial(step, self._of_all, volume))
+        of_brain = partial(seconds_of, partial(step, self._of_brain, volume[self._brain]))
         return on_one_blas_thread(of_all)(), on_one_blas_thread(of_brain)()
 
     def effect(self) -> NDArray[np.float64]:
@@ -274,7 +274,7 @@ def compare(backend: Backend, shape: tuple[int, int, int]) -> Row:
         theirs.load(image)
         told = {"ours": 1e-3 * result.latency_ms}
         for stage in (theirs.realign, theirs.reslice, theirs.smooth):
-            told[stage.__name__] = timed(stage)
+            told[stage.__name__] = seconds_of(stage)
         form = Iglm if i >= N_BEFORE and i % 2 else InPlaceIglm
         told[f"glm {form}"], told[f"brain_glm {form}"] = theirs.fit(i, form)
         if i < N_BEFORE:
@@ -300,24 +300,13 @@ def compare(backend: Backend, shape: tuple[int, int, int]) -> Row:
         "n": n - N_BEFORE,
         **statistics_ms(seconds["ours"]),
         "steps_ms": {step: statistics.median(values) for step, values in steps_ms.items()},
-        "rms_mm": _rms(errors_mm["ours"]),
+        "rms_mm": rms(errors_mm["ours"]),
         "effect_error": head.effect_error(ours.effect()),
         **{f"{stage}_ms": ms for stage, ms in median_ms.items()},
         "peer_ms": peer_ms,
-        "peer_rms_mm": _rms(errors_mm["peer"]),
+        "peer_rms_mm": rms(errors_mm["peer"]),
         "peer_effect_error": head.effect_error(theirs.effect()),
         "still_effect_error": head.effect_error(head.still_effect()),
         "times": peer_ms / all_ms["ours"],
         "times_of_brain": of_brain_ms / all_ms["ours"],
     }
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Return the seconds that *call* takes."""
-    started_s = time.perf_counter()
-    call()
-    return time.perf_counter() - started_s
-
-
-def _rms(values: Sequence[float] | NDArray[np.float64]) -> float:
-    return float(np.sqrt(np.mean(np.square(values))))

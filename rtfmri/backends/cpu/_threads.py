@@ -1,6 +1,6 @@
 """How many threads a kernel gets, and where they run."""
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="untyped-decorator"
 
 import ctypes
 import os

@@ -106,10 +106,8 @@ def subtract_few(
 ) -> None:
     """Do `subtract` on this thread: to wake another one takes longer."""
     same = mean.ctypes.data == into_mean.ctypes.data
-    into = into_mean, into_variance
-    _subtract_part(
-        volume, mean, variance, difference, psc, z, into[0], into[1], bessel, gain, same
-    )
+    arrays = volume, mean, variance, difference, psc, z, into_mean, into_variance
+    _subtract_part(*arrays, bessel, gain, same)
 
 
 @_chunk
