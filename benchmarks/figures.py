@@ -78,9 +78,8 @@ def footer(report: dict[str, Any]) -> str:
 def roofline(tables: Tables) -> Figure:
     """Draw the rate of each operation against the bytes it moves, under the memory's roof.
 
-    The roof of hot caches is a stream over as many bytes as the operation's arrays have, that of
-    cold ones a stream over main memory. Calls of less than `_LEAST_MB` are left out: their start
-    is most of their time.
+    The roof is a stream over as many bytes as the operation's arrays have, with the same caches.
+    Calls of less than `_LEAST_MB` are left out: their start is most of their time.
     """
     rows = [row for row in tables["kernels"] if _moved_mb(row) >= _LEAST_MB]
     bound = [row for row in rows if row["memory_bound"]]
@@ -121,10 +120,7 @@ def _roof(axes: Axes, rows: Sequence[Row], caches: str) -> None:
     order = np.argsort(moved_mb)
     x = np.array(moved_mb)[order]
     y = np.array([row[caches]["stream_gb_s"] for row in rows])[order]
-    if caches == "cold":
-        roof = np.full(len(y), np.median(y))
-    else:
-        roof = np.array([np.median(y[max(0, i - 3) : i + 4]) for i in range(len(y))])
+    roof = np.array([np.median(y[max(0, i - 3) : i + 4]) for i in range(len(y))])
     axes.plot(x, roof, color=_INK, lw=1.8, label="memory stream")
     axes.plot(x, LEAST_SHARE * roof, color=_INK, lw=1, ls=":", label=f"{LEAST_SHARE:.0%} of it")
 

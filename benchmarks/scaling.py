@@ -52,6 +52,11 @@ def exponents_cell(step: str) -> Any:
     return cell
 
 
+_SETTLE_S = 0.1
+"""The linear algebra at a pipeline's start leaves threads that spin for some 20 ms, which would be
+in the next volumes' way."""
+
+
 LAYOUTS = {
     "scaling": Layout(
         "What Pipeline.push costs as one thing grows: median ms, of all and of each step",
@@ -328,6 +333,7 @@ def cost_per_volume(backend: Backend, shape: tuple[int, int, int], kind: Baselin
             case.push()
         growth = resident_bytes() - before
         young = begun()
+        time.sleep(_SETTLE_S)
         pairs = [(case.push()[TOTAL], young.push()[TOTAL]) for _ in range(2 * half + 1)]
         n_pushed = n + half
         push_ms[str(n)], young_ms[str(n)] = (1e3 * np.median(pairs, axis=0)).tolist()

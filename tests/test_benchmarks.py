@@ -57,6 +57,7 @@ def test_ratios_are_those_of_the_medians_beside_them(report):
             assert caches["gb_s"] == pytest.approx(rate)
             assert caches["share"] == pytest.approx(rate / caches["stream_gb_s"])
             assert caches["min_ms"] <= caches["median_ms"] <= caches["p95_ms"]
+        assert row["memory_gb_s"] > 0
 
 
 def test_report_is_json_without_paths_and_makes_the_same_tables_again(report):

@@ -30,11 +30,13 @@ class Progress:
     def __init__(self, count: int | None, timeout_s: float) -> None:
         self._count, self._timeout_s = count, timeout_s
         self._indices: set[int] = set()
+        self._largest = -1
         self._tr_s = self._last_s = 0.0
 
     def take(self, volume: Volume) -> None:
         """Count a volume; one that comes twice is one."""
         self._indices.add(volume.index)
+        self._largest = max(self._largest, volume.index)
         self._tr_s = volume.tr_s
         self._last_s = volume.arrived_s
 
@@ -59,7 +61,7 @@ class Progress:
 
         Once the last of the expected volumes is there, those that lack have two TRs to come.
         """
-        if self._count and max(self._indices) >= self._count - 1:
+        if self._count and self._largest >= self._count - 1:
             return min(self._timeout_s, _STRAGGLER_TRS * self._tr_s)
         return self._timeout_s
 

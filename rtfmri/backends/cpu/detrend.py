@@ -13,6 +13,7 @@ from rtfmri.backends import Array
 from rtfmri.backends.cpu._threads import Threads
 from rtfmri.backends.cpu.moments import refused
 
+_CHUNK = 2048  # voxels; their sums stay in the L1 cache
 _ZERO = np.float32(0)
 
 _kernel = njit(parallel=True, cache=True, error_model="numpy")
@@ -40,18 +41,20 @@ def remove_fit(volume, coordinates, directions, scale, out, threads) -> None:
     """See `rtfmri.backends.Backend.remove_fit`."""
     n = volume.size
     for thread in prange(threads):
-        part = slice(n * thread // threads, n * (thread + 1) // threads)
-        x, score = volume[part], out[part]
-        for i in range(x.size):
-            score[i] = _ZERO
-        for column in range(directions.size):
-            weight = directions[column]
-            if weight != _ZERO:
-                z = coordinates[column, part]
-                for i in range(x.size):
-                    score[i] = score[i] + weight * z[i]
-        for i in range(x.size):
-            score[i] = x[i] - scale * score[i]
+        stop = n * (thread + 1) // threads
+        for start in range(n * thread // threads, stop, _CHUNK):
+            part = slice(start, min(start + _CHUNK, stop))
+            x, score = volume[part], out[part]
+            for i in range(x.size):
+                score[i] = _ZERO
+            for column in range(directions.size):
+                weight = directions[column]
+                if weight != _ZERO:
+                    z = coordinates[column, part]
+                    for i in range(x.size):
+                        score[i] = score[i] + weight * z[i]
+            for i in range(x.size):
+                score[i] = x[i] - scale * score[i]
 
 
 class DetrendOperations(Threads):

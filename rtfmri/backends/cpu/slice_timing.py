@@ -13,6 +13,8 @@ from numba import njit, prange
 from rtfmri.backends import Array, Shape
 from rtfmri.backends.cpu._threads import Threads
 
+_CHUNK = 4096  # voxels; their sums stay in the L1 cache
+
 _inner = njit(error_model="numpy")
 
 
@@ -41,12 +43,13 @@ def retime(volume, ring, slot, n_slices, weights, out, threads) -> None:
     n_before = ring.shape[0]
     for thread in prange(threads):
         for z in range(n_slices * thread // threads, n_slices * (thread + 1) // threads):
-            part = slice(z * n_plane, (z + 1) * n_plane)
-            newest, total = volume[part], out[part]
-            _start(total, weights[0, z], newest)
-            for k in range(1, weights.shape[0]):
-                _add(total, weights[k, z], ring[(slot - k) % n_before, part])
-            _store(ring[slot, part], newest)
+            for start in range(z * n_plane, (z + 1) * n_plane, _CHUNK):
+                part = slice(start, min(start + _CHUNK, (z + 1) * n_plane))
+                newest, total = volume[part], out[part]
+                _start(total, weights[0, z], newest)
+                for k in range(1, weights.shape[0]):
+                    _add(total, weights[k, z], ring[(slot - k) % n_before, part])
+                _store(ring[slot, part], newest)
 
 
 class SliceTimingOperations(Threads):
