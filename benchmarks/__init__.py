@@ -16,7 +16,7 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Device
 from rtfmri.errors import ConfigError
 
-from . import chain, kernels, latency, peers, scaling, soak, sustained, transports
+from . import chain, kernels, latency, outputs, peers, scaling, soak, sustained, transports
 from .measure import Plan, Tables, open_clock
 from .tables import FORMAT, rich_tables
 
@@ -31,6 +31,7 @@ SUITES = {
     "peers": "each stage, and all together, beside whatever else does the same work",
     "scaling": "what a volume costs as the run, the grid, the design, the regions grow",
     "latency": "from the scanner's side to the result, through every transport, at any TR",
+    "outputs": "from the result to a stimulus program, through every output",
     "soak": "volumes without a pause for as long as one likes: what grows, what slows down",
 }
 _MODULES = {
@@ -39,6 +40,7 @@ _MODULES = {
     "peers": (peers,),
     "scaling": (scaling,),
     "latency": (latency, sustained, transports),
+    "outputs": (outputs,),
     "soak": (soak,),
 }
 LAYOUTS = {

@@ -8,11 +8,13 @@ if TYPE_CHECKING:
         BaselineSettings,
         Config,
         DetrendSettings,
+        FeedbackSettings,
         GlmSettings,
         ParadigmSettings,
         SmoothingSettings,
     )
     from rtfmri.design import Design, read_confounds
+    from rtfmri.feedback.outputs import Outputs
     from rtfmri.paradigm import Event, Paradigm, read_events
     from rtfmri.pipeline import ConditionMaps, Pipeline, Result
     from rtfmri.readers import open_reader
@@ -31,8 +33,10 @@ _HOMES = {
     "Design": "design",
     "DetrendSettings": "config",
     "Event": "paradigm",
+    "FeedbackSettings": "config",
     "GlmSettings": "config",
     "Grid": "volume",
+    "Outputs": "feedback.outputs",
     "Paradigm": "paradigm",
     "ParadigmSettings": "config",
     "Pipeline": "pipeline",
@@ -54,8 +58,10 @@ __all__ = [
     "Design",
     "DetrendSettings",
     "Event",
+    "FeedbackSettings",
     "GlmSettings",
     "Grid",
+    "Outputs",
     "Paradigm",
     "ParadigmSettings",
     "Pipeline",

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +54,20 @@ class Threshold(StrEnum):
     fdr = "fdr"
     anytime = "anytime"
     e_bh = "e-bh"
+
+
+class MapName(StrEnum):
+    """What a decoder looks at."""
+
+    z = "z"
+    psc = "psc"
+
+
+class Model(StrEnum):
+    """What a decoder is fitted by."""
+
+    svm = "svm"
+    logistic = "logistic"
 
 
 class Device(StrEnum):
@@ -141,6 +155,21 @@ def run(
             "repeated. By default each condition."
         ),
     ] = None,
+    output: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where each volume's feedback goes: zmq://127.0.0.1:5556, tcp://127.0.0.1:5557, "
+            "lsl:, udp://HOST:PORT, afni://HOST:PORT, ws://127.0.0.1:8765, file:FILE; may be "
+            "repeated."
+        ),
+    ] = None,
+    stimulus: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the stimulus program says that the trigger came, or a block begins: "
+            "tcp://127.0.0.1:5560, zmq://127.0.0.1:5561 or lsl:NAME."
+        ),
+    ] = None,
     device: Annotated[
         Device | None, typer.Option(help="What computes: auto, cpu or cuda.")
     ] = None,
@@ -160,7 +189,9 @@ def run(
 ) -> None:
     """Take each volume of SOURCE through the pipeline as it comes, and record it."""
     from rtfmri.config import Config
+    from rtfmri.feedback.outputs import Outputs
     from rtfmri.readers import open_reader
+    from rtfmri.stimulus import open_stimulus
 
     settings = (Config.from_toml(config) if config else Config()).with_changes(
         tr_s=tr, device=device and device.value
@@ -175,7 +206,11 @@ def run(
     if runs > 1:
         outs = [out and out.with_stem(f"{out.stem}-{i + 1}") for i in range(runs)]
     lost = False
-    with closing(open_reader(source, tr_s=settings.tr_s, speed=speed)) as reader:
+    with (
+        Outputs(output or ()) as outputs,
+        closing(open_stimulus(stimulus)) if stimulus else nullcontext() as link,
+        closing(open_reader(source, tr_s=settings.tr_s, speed=speed)) as reader,
+    ):
         if runs > 1 and not reader.live:
             raise ConfigError(f"--runs is for a live source, got {source}")
         for number, file in enumerate(outs, start=1):
@@ -183,6 +218,8 @@ def run(
                 reader,
                 file,
                 as_json=as_json,
+                outputs=outputs,
+                stimulus=link,
                 events=events,
                 rois=rois,
                 config=settings,
@@ -241,10 +278,14 @@ def _result_json(result: "Result", session: "Session") -> dict[str, Any]:
                 "filtered": _finite(value.filtered),
                 "psc": None if math.isnan(value.psc) else value.psc,
                 "z": None if math.isnan(value.z) else value.z,
+                "adjusted": _finite(value.adjusted),
                 "t": {name: _finite(t) for name, t in value.t.items()},
             }
             for name, value in result.roi.items()
         },
+        "signals": result.feedback
+        and {name: _finite(value) for name, value in result.feedback.signals.items()},
+        "feedback": result.feedback and _finite(result.feedback.shown),
         "motion": result.motion
         and {
             "translation_mm": [round(mm, 5) for mm in result.motion.translation_mm],
@@ -323,6 +364,8 @@ def _state(result: "Result") -> Iterator[str]:
             continue
         t = next(iter(value.t.values()), None)
         yield f"{name} {value.psc:+.2f} %" + ("" if t is None else f" (t {t:+.1f})")
+    if result.feedback and math.isfinite(result.feedback.shown):
+        yield f"shown {result.feedback.shown:.2f}"
     if not result.missing:
         yield f"{result.latency_ms:.1f} ms"
 
@@ -355,6 +398,17 @@ def _show_summary(summary: dict[str, Any]) -> None:
     latency = summary["latency_ms"]
     table.add_row("latency p50 / p99", f"{latency['p50']:.2f} / {latency['p99']:.2f} ms")
     table.add_row("late results", str(summary["missed_deadlines"]))
+    for uri, counts in summary["outputs"].items():
+        told = ", ".join(f"{n} {what}" for what, n in counts.items() if n or what == "sent")
+        table.add_row(escape(uri), told)
+    for name, n in summary["failed_signals"].items():
+        table.add_row(f"signal {escape(name)}", f"failed at {n} volumes")
+    if summary["stimulus"]:
+        told = ", ".join(f"{n} {what}" for what, n in summary["stimulus"].items() if n)
+        table.add_row("stimulus program", told or "said nothing")
+    clock = summary["clock"]
+    if clock["start"] != "first volume":
+        table.add_row("clock", f"{clock['start']}; volume 0 at {clock['offset_s']:g} s")
     table.add_row("end", summary["end"] or "stopped by the operator")
     table.add_row("device", summary["device"])
     out_console.print(table)
@@ -646,6 +700,55 @@ def localize(
     )
     next_run = f"rtfmri run SOURCE --roi {out.name.split('.')[0]}={out}"
     text = f"{n_voxels} voxels of {name} in {out}; next: {next_run}"
+    out_console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    recordings: Annotated[list[Path], typer.Argument(help="Recordings (.h5) of a localiser.")],
+    positive: Annotated[str, typer.Option(help="The condition for which the value is above 0.")],
+    negative: Annotated[str, typer.Option(help="The one for which it is below 0.")],
+    out: Annotated[Path, typer.Option(help="The decoder to write (.h5).")],
+    of: Annotated[
+        MapName, typer.Option(help="What it looks at: PSC or z against the baseline.")
+    ] = MapName.psc,
+    within: Annotated[
+        str | None, typer.Option(help="A region of the recordings; the brain by default.")
+    ] = None,
+    model: Annotated[Model, typer.Option(help="scikit-learn's linear model.")] = Model.svm,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a decoder of two conditions on a localiser, for [feedback.signals] of the next run."""
+    from dataclasses import asdict
+
+    from rtfmri.feedback.train import train as make
+
+    with err_console.status("replaying the recordings") as status:
+        decoder = make(
+            recordings,
+            (negative, positive),
+            of=of.value,
+            within=within,
+            model=model.value,
+            say=status.update,
+        )
+    decoder.save(out)
+    score = decoder.score
+    if as_json:
+        print(json.dumps({"out": str(out), "classes": decoder.classes, **asdict(score)}))
+        return
+    title = f"{escape(positive)} against {escape(negative)}"
+    table = Table(title=title, title_justify="left", show_header=False)
+    n_voxels = sum(1 for weight in decoder.weights.flat if weight)
+    table.add_row("volumes, blocks, voxels", f"{score.n_volumes}, {score.n_blocks}, {n_voxels}")
+    table.add_row("accuracy, held out", f"{score.accuracy:.0%} of volumes (chance: 50 %)")
+    folds = " ".join(f"{fold:.0%}" for fold in score.folds)
+    table.add_row(f"of each {score.left_out} left out", folds)
+    right = f"{score.blocks_right} of {score.n_blocks}, p = {score.p:.2g}"
+    table.add_row("blocks told rightly", right)
+    out_console.print(table)
+    text = f'[feedback.signals]\n{out.stem} = {{kind = "decoder", file = "{out}"}}'
+    out_console.print("next, in the settings of a run:", highlight=False)
     out_console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,10 +1,11 @@
 """Settings: frozen, validated once, units in their names; read from TOML."""
 
 import tomllib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rtfmri.errors import ConfigError
 
@@ -45,6 +46,25 @@ class ParadigmSettings(_Settings):
     """Seconds by which the signal follows the task."""
     transition_s: Annotated[float, Field(ge=0, le=30)] = 2.0
     """Seconds before and after a (delayed) edge of a block in which volumes are left out."""
+    conditions: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Conditions of events that a stimulus program announces while the run goes on (`--stimulus`),
+    instead of a file. Baseline, regions and feedback know them as they come; the GLM, whose
+    design is made before the run, does not: there is none. The baseline is in here if its blocks
+    are announced, too; else it is all the time that no other covers."""
+
+
+class ClockSettings(_Settings):
+    """Which moment the onsets of events count from.
+
+    Results count from the start of volume 0, whatever this says: events are moved there once, when
+    the first volume has come. What is played back always starts with its first volume.
+    """
+
+    start: Literal["first volume", "trigger"] | datetime = "first volume"
+    """first volume: from the start of volume 0; trigger: from the scanner's trigger, which the
+    stimulus program passes on: volumes that were acquired after it and not delivered (dummies)
+    are counted; or from a time, such as ``2026-11-25T10:15:00+01:00``; without an offset it is
+    this machine's local time."""
 
 
 class SliceTimingSettings(_Settings):
@@ -188,6 +208,127 @@ class GlmSettings(_Settings):
     the test holds with any value, and finds effects of about this size soonest."""
 
 
+Measure = Literal["psc", "z", "adjusted"]
+
+
+class ActivitySettings(_Settings):
+    """What one region does."""
+
+    kind: Literal["activity"]
+    roi: str
+    """The region's name; its image may weigh its voxels."""
+    measure: Measure = "psc"
+    """psc: percent of the baseline; z: standard deviations of the baseline; adjusted: percent of
+    the level, without the drift, motion and confounds that the GLM has found so far."""
+    summary: Literal["mean", "median", "eigenvariate"] = "mean"
+    """mean: of the region's signal; median: over its voxels' PSC or z; eigenvariate: the first one
+    of its voxels' PSC or z so far, signed and scaled to be their mean where all do the same."""
+
+
+class DifferentialSettings(_Settings):
+    """What one region does more than another."""
+
+    kind: Literal["differential"]
+    plus: str
+    minus: str
+    measure: Measure = "psc"
+
+
+class ConnectivitySettings(_Settings):
+    """How closely two regions go together: the correlation of their signals."""
+
+    kind: Literal["connectivity"]
+    rois: tuple[str, str]
+    given: tuple[str, ...] = ()
+    """Regions whose part in both is taken out first: partial correlation."""
+    window: Literal["sliding", "exponential"] = "sliding"
+    """sliding: of the newest `window_volumes`, all equally; exponential: newer ones count more."""
+    window_volumes: Annotated[int, Field(ge=5, le=1000)] = 20
+    """Length of the window in usable volumes; the exponential one has the same effective number
+    (its weight is 2 / (window_volumes + 1))."""
+
+
+class DecoderSettings(_Settings):
+    """On which side of a trained boundary the brain is: a linear model's decision function."""
+
+    kind: Literal["decoder"]
+    file: Path
+    """What `rtfmri train` wrote."""
+
+
+class CustomSettings(_Settings):
+    """Somebody's own function of a `Result`."""
+
+    kind: Literal["custom"]
+    function: str
+    """``package.module:name``, ``path/to/file.py:name``, or the name of an entry point of the
+    group ``rtfmri.signals``. What it names is called with each `Result`, or, if it is a class,
+    made once and its ``push`` is; it returns a number, or None for no value. An exception is
+    counted, and gives no value."""
+
+
+SignalSettings = Annotated[
+    ActivitySettings
+    | DifferentialSettings
+    | ConnectivitySettings
+    | DecoderSettings
+    | CustomSettings,
+    Field(discriminator="kind"),
+]
+
+
+class ScaleSettings(_Settings):
+    """How a signal becomes what the participant sees: 0 is the display's bottom, 1 its top."""
+
+    kind: Literal["fixed", "percentile", "baseline", "running"] = "fixed"
+    """fixed: `low` and `high` in the signal's own units; percentile: `percentiles` of all values
+    so far; baseline: `sd` standard deviations to both sides of the mean of the newest baseline
+    block; running: the same of the newest `window_volumes` values."""
+    low: float = 0.0
+    high: float = 1.0
+    percentiles: tuple[float, float] = (5.0, 95.0)
+    sd: Annotated[float, Field(gt=0)] = 2.0
+    window_volumes: Annotated[int, Field(ge=5, le=10_000)] = 60
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        first, last = self.percentiles
+        if not self.low < self.high:
+            raise ConfigError(f"high must be above low, got {self.high} and {self.low}")
+        if not 0 <= first < last <= 100:
+            raise ConfigError(f"percentiles must be two from 0 to 100, got {self.percentiles}")
+        return self
+
+
+class ShamSettings(_Settings):
+    """Control groups, without anybody knowing who is in one.
+
+    Experimenters are told an arm ("A", "B"). What each arm is stands in the allocation, which one
+    person keeps who does not run the experiment; neither logs nor recordings tell it.
+    """
+
+    allocation: Path
+    """A TOML file, ``A = "contingent"`` and the like (`rtfmri.feedback.sham`)."""
+    arm: Annotated[str, Field(min_length=1, max_length=32)]
+
+
+class FeedbackSettings(_Settings):
+    """From regions to what the participant sees."""
+
+    signals: dict[str, SignalSettings] = {}
+    """What is computed, by name; by default the PSC of each region, by its name."""
+    show: str | None = None
+    """The signal that is shown; the first by default."""
+    during: tuple[str, ...] = ()
+    """Conditions for whose (delayed) volumes feedback is shown; for all by default."""
+    mode: Literal["continuous", "intermittent"] = "continuous"
+    """continuous: a value a volume; intermittent: the mean over a block, once it is over."""
+    filter: Literal["off", "kalman"] = "off"
+    """kalman: follow the signal and leave spikes out, as `RoiSettings.filter` does to regions."""
+    scale: ScaleSettings = ScaleSettings()
+    sham: ShamSettings | None = None
+
+
 class Config(_Settings):
     """All settings of a run."""
 
@@ -200,6 +341,7 @@ class Config(_Settings):
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     """CPU threads of the kernels; None takes all this process may use."""
     paradigm: ParadigmSettings = ParadigmSettings()
+    clock: ClockSettings = ClockSettings()
     order: OrderSettings = OrderSettings()
     slice_timing: SliceTimingSettings = SliceTimingSettings()
     motion: MotionSettings = MotionSettings()
@@ -210,6 +352,7 @@ class Config(_Settings):
     baseline: BaselineSettings = BaselineSettings()
     roi: RoiSettings = RoiSettings()
     glm: GlmSettings = GlmSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Self:

@@ -96,6 +96,8 @@ class Design:
         The columns of drift.
     motion_at : int
         The first of the six motion columns, or -1.
+    conditions : slice
+        The columns of the conditions, which are the last.
     silent : tuple of str
         Conditions of which nothing falls into the planned run.
     """
@@ -127,6 +129,7 @@ class Design:
         self.drift = slice(1, 1 + len(drift))
         motion = MOTION_COLUMNS if settings.motion and has_motion else ()
         self.columns = ("constant", *drift, *confounds.names, *motion, *names)
+        self.conditions = slice(len(self.columns) - len(names), len(self.columns))
         self.motion_at = self.columns.index(motion[0]) if motion else -1
         self._motion = np.zeros(len(motion))
         planned = self._conditions[: self._n_planned]

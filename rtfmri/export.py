@@ -56,6 +56,10 @@ _ROI_VALUES = {
     "filtered": ("the same, detrended and filtered where that was asked for", "arbitrary"),
     "psc": ("that against the baseline volumes before this one", "percent"),
     "z": ("the same in standard deviations of those volumes", "1"),
+    "adjusted": (
+        "signal without drift, motion and confounds, where that was asked for",
+        "percent",
+    ),
 }
 _STAGE_TEXTS = {
     "decode": "from the arrival of the last byte to the decoded volume",
@@ -322,7 +326,11 @@ def _feedback(recording: Recording, rows: NDArray[Any]) -> list[_Column]:
         for c, (contrast, short) in enumerate(bids_labels(recording.contrast_names).items()):
             text = f"Region {roi}: t (or F) of contrast {contrast} after this volume"
             columns.append((f"{label}_t_{short}", ts[:, r, c].tolist(), text, "1"))
-    return columns
+    for s, (signal, label) in enumerate(bids_labels(recording.signal_names).items()):
+        series = recording.signals[: len(rows), s].tolist()
+        columns.append((f"signal_{label}", series, f"Feedback signal {signal}", ""))
+    shown = recording.shown[: len(rows)].tolist()
+    return [*columns, ("shown", shown, "What the participant was shown, from 0 to 1", "1")]
 
 
 def _confounds(recording: Recording, rows: NDArray[Any]) -> list[_Column]:

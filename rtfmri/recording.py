@@ -5,15 +5,20 @@ Layout (h5py; every dataset is chunked, every string has a fixed length)::
     /                    attributes: format, version, tr_s, n_planned (0: not known), affine
                          (4, 4), device, conditions, rois, slice_times_s (n_slices,) or none,
                          design and confounds (names of columns), contrasts, contrast_rows (how
-                         many rows each has; for t it is 0)
+                         many rows each has; for t it is 0), signals (names of the feedback's),
+                         clock_start, clock_offset_s, clock_zero_s, unix_minus_perf_s,
+                         lsl_minus_perf_s (see `RunClock`)
     /volumes             (n, z, y, x), as the scanner sent them; transposed it is (x, y, z)
     /results             (n,) compound: index, clocks, conditions, motion, quality, latency, one
                          time a stage
-    /roi                 (n, n_rois, 4) float64: signal, filtered, psc, z
+    /roi                 (n, n_rois, 5) float64: signal, filtered, psc, z, adjusted
     /roi_t               (n, n_rois, n_contrasts) float64: t or F
     /design              (n, n_columns) float64: each volume's row of the design matrix
+    /signals             (n, n_signals) float64: each signal of the feedback; nan is no value
+    /shown               (n,) float64: what the participant was shown, 0 to 1; nan is no value
     /roi_weights         (n_rois, z, y, x) float32
-    /events              (n_events,) compound: onset_s, duration_s, trial_type
+    /events              (n_events,) compound: onset_s, duration_s, trial_type, from_s: -inf, or
+                         the first volume that knew of one that was announced during the run
     /config              the settings as JSON bytes, uint8
     /given/mask, reference       (1, z, y, x) what the run was given of these, else (0, z, y, x)
     /given/confounds             (n_lines, n_confounds) float64
@@ -22,8 +27,8 @@ Layout (h5py; every dataset is chunked, every string has a fixed length)::
     /glm/statistic, effect, variance, log_e         (n_contrasts, z, y, x) float32; /glm/dof
                                                     (n_contrasts,)
     /journal             (m,) compound: before_row, kind, text: what else happened, see `Note`
-    /n_complete          (1,) int64: rows of volumes, results, roi, roi_t and design
-                         that are safe
+    /n_complete          (1,) int64: rows of volumes, results, roi, roi_t, design, signals and
+                         shown that are safe
     /closed              (1,) uint8: 1 once the run has ended and the maps are in
 
 The file is in HDF5's single-writer-multiple-reader mode from its first volume on. `n_complete` is
@@ -43,16 +48,18 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 import rtfmri
+from rtfmri.clock import RunClock
 from rtfmri.config import Config
 from rtfmri.design import MOTION_COLUMNS, Confounds, Contrast, Design, design_of
 from rtfmri.errors import RecordingError
-from rtfmri.paradigm import MAX_NAME_BYTES, Event, Paradigm
-from rtfmri.pipeline import STAGES, ConditionMaps, Pipeline, Result, RunMaps
+from rtfmri.paradigm import MAX_NAME_BYTES, Announced, Event, Paradigm
+from rtfmri.pipeline import STAGES, ConditionMaps, Feedback, Pipeline, Result, RunMaps
 from rtfmri.stages.glm import ContrastMaps
 from rtfmri.stages.quality import PROBLEMS
+from rtfmri.stages.readout import Readout
 from rtfmri.volume import Grid, Volume
 
-FORMAT = "rtfmri-recording-4"
+FORMAT = "rtfmri-recording-5"
 _MAPS = ("mean", "effect", "psc", "t")
 _QUALITY_MAPS = ("mask", "tsnr", "snr", "memory")
 _GLM_MAPS = ("statistic", "effect", "variance", "log_e")
@@ -60,11 +67,19 @@ MOTION = (*(f"trans_{axis}_mm" for axis in "xyz"), *(f"rot_{axis}_deg" for axis 
 _PROBLEMS = tuple(PROBLEMS)
 _DISPLACEMENT = ("fd_mm", "fd_jenkinson_mm")
 _QUALITY = ("dvars", "dvars_std", "global_signal", "usable_min")
-_ROWS = ("volumes", "results", "roi", "roi_t", "design")
+_ROI = ("signal", "filtered", "psc", "z", "adjusted")
+_ROWS = ("volumes", "results", "roi", "roi_t", "design", "signals", "shown")
 """What a volume adds a row to."""
 _NAME = f"S{MAX_NAME_BYTES}"
 _NOTE = np.dtype([("before_row", np.int64), ("kind", "S16"), ("text", "S160")])
-_EVENT = np.dtype([("onset_s", np.float64), ("duration_s", np.float64), ("trial_type", _NAME)])
+_EVENT = np.dtype(
+    [
+        ("onset_s", np.float64),
+        ("duration_s", np.float64),
+        ("from_s", np.float64),
+        ("trial_type", _NAME),
+    ]
+)
 _RESULT = np.dtype(
     [
         ("index", np.int64),
@@ -85,7 +100,7 @@ _RESULT = np.dtype(
 )
 
 
-NoteKind = Literal["skipped", "missing", "reordered", "start", "end"]
+NoteKind = Literal["skipped", "missing", "reordered", "start", "trigger", "end"]
 
 
 class Note(NamedTuple):
@@ -95,7 +110,8 @@ class Note(NamedTuple):
     """The row of the next volume."""
     kind: NoteKind
     """skipped: something came and was not used; missing: it never came; reordered: it came after a
-    later one; start: the run was joined when it had begun; end: how its end was recognised."""
+    later one; start: the run was joined when it had begun; trigger: the scanner gave one, told on
+    the run's clock; end: how its end was recognised."""
     text: str
 
 
@@ -112,6 +128,10 @@ class Recorder:
         Of the run; they are written into the file, so that it can be replayed.
     design : Design, optional
         Of the run's GLM.
+    clock : RunClock, optional
+        Of the run.
+    signals : sequence of str
+        Names of the feedback's signals.
     device : str
         What computes the results.
 
@@ -135,6 +155,8 @@ class Recorder:
         reference: NDArray[np.float32] | None = None,
         confounds: Confounds | None = None,
         design: Design | None = None,
+        clock: RunClock | None = None,
+        signals: Sequence[str] = (),
         n_planned: int | None = None,
         slice_times_s: Sequence[float] | None = None,
         device: str = "cpu",
@@ -145,6 +167,7 @@ class Recorder:
         self._conditions = paradigm.conditions
         self._rois = tuple(rois)
         self._contrasts = tuple(contrast.name for contrast in contrasts)
+        self._signals = tuple(signals)
         self.n_volumes = 0
         zyx = grid.shape[::-1]
         try:
@@ -160,24 +183,32 @@ class Recorder:
         file.attrs["slice_times_s"] = np.array(slice_times_s or (), np.float64)
         file.attrs["conditions"] = _names(self._conditions)
         file.attrs["rois"] = _names(self._rois)
+        file.attrs["signals"] = _names(self._signals)
         file.attrs["n_planned"] = n_planned or 0
+        clock = clock or RunClock()
+        file.attrs["clock_start"] = np.bytes_(clock.start)
+        file.attrs["clock_offset_s"] = clock.offset_s
+        file.attrs["clock_zero_s"] = clock.zero_s
+        file.attrs["unix_minus_perf_s"] = clock.unix_minus_perf_s
+        file.attrs["lsl_minus_perf_s"] = clock.lsl_minus_perf_s
         file.attrs["design"] = _names(columns)
         file.attrs["confounds"] = _names(confounds.names)
         file.attrs["contrasts"] = _names(self._contrasts)
         file.attrs["contrast_rows"] = [
             len(contrast.weights) if contrast.kind == "F" else 0 for contrast in contrasts
         ]
-        events = np.array(
-            [(e.onset_s, e.duration_s, e.trial_type.encode()) for e in paradigm.events], _EVENT
-        )
+        known = [_event_row(Announced(event, -np.inf)) for event in paradigm.events]
+        events = np.array(known, _EVENT)
         settings = np.frombuffer(config.model_dump_json().encode(), np.uint8)
         n_rois, n_conditions = len(self._rois), len(self._conditions)
         n_contrasts = len(contrasts)
         self._create("volumes", (0, *zyx), dtype)
         self._create("results", (0,), _RESULT, rows=64)
-        self._create("roi", (0, n_rois, 4), np.float64, rows=64)
+        self._create("roi", (0, n_rois, len(_ROI)), np.float64, rows=64)
         self._create("roi_t", (0, n_rois, n_contrasts), np.float64, rows=64)
         self._create("design", (0, len(columns)), np.float64, rows=64)
+        self._create("signals", (0, len(self._signals)), np.float64, rows=64)
+        self._create("shown", (0,), np.float64, rows=64)
         self._create("journal", (0,), _NOTE, rows=16)
         weights = self._create("roi_weights", (n_rois, *zyx), np.float32)
         for row, image in enumerate(rois.values()):
@@ -226,19 +257,28 @@ class Recorder:
         for stage in STAGES:
             row[f"{stage}_ms"] = result.stage_ms[stage]
         values = [result.roi[name] for name in self._rois]
+        feedback = result.feedback or Feedback(dict.fromkeys(self._signals, np.nan), np.nan)
         self._append(
             volume.data.T,
             row,
-            np.array([(v.signal, v.filtered, v.psc, v.z) for v in values]).reshape(-1, 4),
+            np.array([[getattr(v, name) for name in _ROI] for v in values]).reshape(-1, len(_ROI)),
             np.array([[v.t[name] for name in self._contrasts] for v in values]).reshape(
                 len(values), len(self._contrasts)
             ),
             np.zeros(0) if result.design is None else result.design,
+            np.array([feedback.signals[name] for name in self._signals]),
+            np.array(feedback.shown),
         )
 
     def note(self, kind: NoteKind, text: str) -> None:
         """Write down what happened before the next volume."""
         self._note(Note(self.n_volumes, kind, text))
+
+    def event(self, announced: Announced) -> None:
+        """Write down an event that has become known; only where none was at the start."""
+        row = np.array(_event_row(announced), _EVENT)
+        self._put("events", self._file["events"].shape[0], row)
+        self._file.flush()
 
     def close(self, maps: RunMaps) -> None:
         """Write the run's maps, mark the recording as whole, and close it."""
@@ -304,11 +344,13 @@ class Recording:
         The baseline condition first.
     columns, contrast_names : tuple of str
         Of the GLM's design; empty without one.
+    signal_names : tuple of str
+        Of the feedback.
     confounds : Confounds or None
         Where the run was given them.
     n_planned : int or None
         How many volumes were planned, where that was known.
-    events : tuple of Event
+    clock : RunClock
     slice_times_s : tuple of float or None
     mask : (x, y, z) bool or None
     reference : (x, y, z) float32 or None
@@ -333,8 +375,16 @@ class Recording:
         self.roi_names = tuple(name.decode() for name in attributes["rois"])
         self.columns = tuple(name.decode() for name in attributes["design"])
         self.contrast_names = tuple(name.decode() for name in attributes["contrasts"])
+        self.signal_names = tuple(name.decode() for name in attributes["signals"])
         self._contrast_rows = [int(n) for n in attributes["contrast_rows"]]
         self.n_planned = int(attributes["n_planned"]) or None
+        self.clock = RunClock(
+            attributes["clock_start"].decode(),
+            float(attributes["clock_offset_s"]),
+            float(attributes["clock_zero_s"]),
+            float(attributes["unix_minus_perf_s"]),
+            float(attributes["lsl_minus_perf_s"]),
+        )
         confounds = tuple(name.decode() for name in attributes["confounds"])
         values = self._file["given/confounds"][...]
         self.confounds = Confounds(values, confounds) if confounds else None
@@ -342,10 +392,6 @@ class Recording:
         mask = self._given("mask")
         self.mask = None if mask is None else mask > 0
         self.reference = self._given("reference")
-        self.events = tuple(
-            Event(float(onset), float(duration), name.decode())
-            for onset, duration, name in self._file["events"][:].tolist()
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -361,6 +407,11 @@ class Recording:
         dataset = self._file[name]
         dataset.refresh()
         return dataset
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The task, in seconds after the start of volume 0, as far as it is known by now."""
+        return tuple(one.event for one in self._announced())
 
     @property
     def n_volumes(self) -> int:
@@ -386,7 +437,7 @@ class Recording:
 
     @property
     def roi(self) -> NDArray[np.float64]:
-        """Signal, filtered signal, psc and z of each region, (n_volumes, n_rois, 4)."""
+        """Each region's signal, filtered, psc, z and adjusted, (n_volumes, n_rois, 5)."""
         return np.asarray(self._rows("roi")[: self.n_volumes])
 
     @property
@@ -398,6 +449,16 @@ class Recording:
     def design(self) -> NDArray[np.float64]:
         """The design matrix, (n_volumes, n_columns)."""
         return np.asarray(self._rows("design")[: self.n_volumes])
+
+    @property
+    def signals(self) -> NDArray[np.float64]:
+        """Each signal of the feedback, (n_volumes, n_signals); nan is no value."""
+        return np.asarray(self._rows("signals")[: self.n_volumes])
+
+    @property
+    def shown(self) -> NDArray[np.float64]:
+        """What the participant was shown, 0 to 1, (n_volumes,); nan is no value."""
+        return np.asarray(self._rows("shown")[: self.n_volumes])
 
     @property
     def roi_weights(self) -> dict[str, NDArray[np.float32]]:
@@ -443,8 +504,20 @@ class Recording:
 
     @property
     def paradigm(self) -> Paradigm:
-        """The task, as the run was given it."""
-        return Paradigm(self.events, self.config.paradigm, self.config.baseline)
+        """The task as the run knew it, event by event."""
+        events = self._announced()
+        given = [event for event, from_s in events if from_s == -np.inf]
+        paradigm = Paradigm(given, self.config.paradigm, self.config.baseline)
+        for announced in events[len(given) :]:
+            paradigm.add(announced)
+        return paradigm
+
+    def _announced(self) -> list[Announced]:
+        """Return all events with the volume that knew of them first; those given are first."""
+        return [
+            Announced(Event(onset_s, duration_s, name.decode()), from_s)
+            for onset_s, duration_s, from_s, name in self._rows("events")[:].tolist()
+        ]
 
     def contrasts(self) -> tuple[Contrast, ...]:
         """Return what was asked of the GLM; empty without one."""
@@ -462,17 +535,20 @@ class Recording:
         self,
         device: str | None = None,
         rois: Mapping[str, NDArray[Any]] | None = None,
+        readouts: Mapping[str, Readout] | None = None,
         **changes: Any,
     ) -> Pipeline:
         """Return a fresh pipeline as that of this run.
 
-        With its regions or with *rois*, and with *changes* of its settings, by their names.
+        With its regions or with *rois*, with *readouts*, and with *changes* of its settings, by
+        their names.
         """
         return Pipeline(
             self.grid,
             self.config.with_changes(device=device, **changes),
             paradigm=self.paradigm,
             rois=self.roi_weights if rois is None else rois,
+            readouts=readouts,
             mask=self.mask,
             reference=self.reference,
             confounds=self.confounds,
@@ -588,14 +664,21 @@ def recover(path: str | Path, out: str | Path) -> int:
             reference=broken.reference,
             confounds=broken.confounds,
             design=pipeline.design,
+            clock=broken.clock,
+            signals=broken.signal_names,
             n_planned=broken.n_planned,
             slice_times_s=broken.slice_times_s,
             device=broken.device,
         )
-        rows = broken.results, broken.roi, broken.roi_t, broken.design
+        rows = (
+            *(broken.results, broken.roi, broken.roi_t, broken.design),
+            *(broken.signals, broken.shown),
+        )
         for volume, *values in zip(broken.volumes(), *rows, strict=False):
             pipeline.push(volume)
             recorder._append(volume.data.T, *values)
+        for announced in pipeline.paradigm.announced:
+            recorder.event(announced)
         for note in broken.journal:
             recorder._note(note)
         recorder.close(pipeline.run_maps())
@@ -615,6 +698,11 @@ def _check_start(path: Path) -> None:
     size, expected = path.stat().st_size, int.from_bytes(start[28:36], "little")
     if size < expected:
         raise OSError(f"it is cut short, {size} bytes of at least {expected}")
+
+
+def _event_row(announced: Announced) -> tuple[float, float, float, bytes]:
+    event, from_s = announced
+    return event.onset_s, event.duration_s, from_s, event.trial_type.encode()
 
 
 def _names(names: Sequence[str]) -> NDArray[np.bytes_]:

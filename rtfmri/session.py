@@ -10,7 +10,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,14 +24,19 @@ from rtfmri.backends import open_backend
 from rtfmri.config import Config
 from rtfmri.design import Confounds, check_design, read_confounds
 from rtfmri.errors import ConfigError, SourceError, VolumeError
+from rtfmri.feedback import Neurofeedback, prepare
+from rtfmri.feedback.message import Message, Run
+from rtfmri.feedback.outputs import Outputs
 from rtfmri.ordering import FAR, Gap, Ordering, Stray
-from rtfmri.paradigm import Event, Paradigm, read_events
+from rtfmri.paradigm import Announced, Event, Paradigm, read_events
 from rtfmri.pipeline import ConditionMaps, Pipeline, Result, RunMaps
 from rtfmri.readers import Reader, RunEnd, Skipped, open_reader
 from rtfmri.readers.nifti import read_mask, read_reference, read_roi
 from rtfmri.recording import NoteKind, Recorder, reserve
 from rtfmri.stages.glm import ContrastMaps
 from rtfmri.stages.mask import load_nilearn
+from rtfmri.stimulus import Stimulus
+from rtfmri.synchronisation import Synchronisation
 from rtfmri.timing import LatencyHistogram
 from rtfmri.volume import VOXEL_DTYPES, Volume
 
@@ -82,6 +88,12 @@ class Session:
         Settings.
     out : path, optional
         The recording to write; it must not exist.
+    outputs : sequence of str or Outputs, optional
+        Where each volume's message goes as soon as its result is there: URIs for `open_output`,
+        or outputs that are open, and stay so.
+    stimulus : Stimulus, optional
+        The stimulus program, which may pass on the scanner's trigger and announce blocks; whoever
+        opened it closes it.
     speed : float, optional
         For recorded sources: 1 plays at the pace of the TR, None as fast as it goes.
     more_runs : bool
@@ -113,6 +125,8 @@ class Session:
         rois: Mapping[str, str | Path | NDArray[Any]] | None = None,
         config: Config | None = None,
         out: str | Path | None = None,
+        outputs: Sequence[str] | Outputs = (),
+        stimulus: Stimulus | None = None,
         speed: float | None = None,
         more_runs: bool = False,
     ) -> None:
@@ -130,6 +144,8 @@ class Session:
         for name, image in self._rois.items():
             if isinstance(image, str | Path) and not Path(image).is_file():
                 raise ConfigError(f"ROI {name!r}: no such file: {image}")
+        self._prepared = prepare(self._config, tuple(self._rois), self.paradigm.conditions)
+        self._feedback: Neurofeedback | None = None
         self._mask_file, self._reference_file = _files(self._config)
         table = self._config.glm.confounds
         self._confounds = None if table is None else read_confounds(table)
@@ -138,14 +154,26 @@ class Session:
         self._reader = source
         _check_length(self._confounds, source.n_volumes)
         check_design(self.paradigm, self._config, self._confounds, source.n_volumes)
+        self._synchronisation = Synchronisation(
+            self._config,
+            stimulus,
+            live=source.live,
+            paced=source.live or speed == 1,
+            has_events=bool(task),
+        )
         self._out = None if out is None else Path(out)
         self._backend = open_backend(self._config.device, self._config.threads)
         for dtype in VOXEL_DTYPES:
             self._backend.warm(dtype)
         if self._config.mask.source == "auto":
             load_nilearn()
-        if self._out:
-            reserve(self._out)
+        with ExitStack() as stack:
+            self._outputs = (
+                outputs if isinstance(outputs, Outputs) else stack.enter_context(Outputs(outputs))
+            )
+            if self._out:
+                reserve(self._out)
+            self._own = stack.pop_all()
         self.counters = Counters()
         self.latency = LatencyHistogram()
         self.pipeline: Pipeline | None = None
@@ -226,10 +254,14 @@ class Session:
                 self._read.get(timeout=0.01)
             except queue.Empty:
                 continue
+        if self._feedback:
+            self._outputs.end()
         if self._writer and self.pipeline:
             self._writer.close(self.pipeline.run_maps())
         elif self._out:
             self._out.unlink(missing_ok=True)
+        self._outputs.settle()
+        self._own.close()
 
     def maps(self) -> dict[str, ConditionMaps]:
         """Return each condition's maps as of now; empty before the first volume."""
@@ -257,6 +289,7 @@ class Session:
         from rtfmri.report import peak
 
         maps, contrasts = self.maps(), {}
+        clock = self._synchronisation.clock
         if self.pipeline and self.pipeline.brain is not None and len(maps) > 1:
             grid, brain = self.pipeline.grid, self.pipeline.brain
             for condition, t in self.pipeline.roi_t().items():
@@ -278,7 +311,14 @@ class Session:
             "device": self.pipeline.device if self.pipeline else None,
             "contrasts": contrasts,
             "glm": self._glm_summary(),
+            "outputs": {uri: asdict(counts) for uri, counts in self._outputs.counts().items()},
+            "failed_signals": {name: n for name, n in self._failed_signals().items() if n},
+            "clock": {"start": clock.start, "offset_s": clock.offset_s},
+            "stimulus": self._synchronisation.summary(),
         }
+
+    def _failed_signals(self) -> dict[str, int]:
+        return self._feedback.n_failed if self._feedback else {}
 
     def _glm_summary(self) -> dict[str, Any]:
         """Return what the GLM says: for each contrast its peak, and each region's effect.
@@ -384,14 +424,31 @@ class Session:
     def _process(self, volume: Volume) -> Result | None:
         if self.pipeline is None:
             self.pipeline = self._start(volume)
+        self._hear(volume)
         try:
             result = self.pipeline.push(volume)
         except VolumeError as error:
             self._skip(f"volume {volume.index}", str(error))
             return None
+        result = self._send(result)
         self._count(result)
         if self._writer:
             self._writer.append(volume, result)
+        return result
+
+    def _hear(self, volume: Volume) -> None:
+        """Take in what the stimulus program has said by now."""
+        for said in self._synchronisation.take(volume, self.paradigm):
+            if not isinstance(said, Announced):
+                self._note("trigger", f"at {said:.3f} s", f"the scanner's trigger: {said:.3f} s")
+            elif self._writer:
+                self._writer.event(said)
+
+    def _send(self, result: Result) -> Result:
+        """Return a result with its feedback, which is on its way out then."""
+        if self._feedback and self._feedback.names:
+            result = replace(result, feedback=self._feedback.push(result))
+        self._outputs.send(Message.of(result))
         return result
 
     def _miss(self, gap: Gap) -> Iterator[Result]:
@@ -404,11 +461,15 @@ class Session:
         self._note("missing", f"{gap} never came")
         # Nobody needs a hundred values for what is long over.
         if len(gap.indices) <= FAR and self.pipeline and self.counters.processed:
-            yield from map(self.pipeline.miss, gap.indices)
+            yield from map(self._send, map(self.pipeline.miss, gap.indices))
 
     def _start(self, first: Volume) -> Pipeline:
         """Freeze the run's shape, position, voxel type and TR."""
         _log.info("%s, TR %g s", first.grid, first.tr_s)
+        arrived = self._first or first
+        if abs(arrived.index - first.index) > FAR:
+            arrived = first  # the other's number was a fault
+        self.paradigm = self._synchronisation.begin(arrived, self.paradigm)
         rois = {
             name: read_roi(image, first.grid) if isinstance(image, str | Path) else image
             for name, image in self._rois.items()
@@ -419,11 +480,15 @@ class Session:
             if self._reference_file is None
             else read_reference(self._reference_file, first.grid)
         )
+        self._feedback = feedback = Neurofeedback(
+            self._config, self._prepared, first.grid, rois, self.paradigm.conditions
+        )
         pipeline = Pipeline(
             first.grid,
             self._config,
             paradigm=self.paradigm,
             rois=rois,
+            readouts=feedback.readouts,
             mask=mask,
             reference=reference,
             confounds=self._confounds,
@@ -445,6 +510,8 @@ class Session:
                 reference=reference,
                 confounds=self._confounds,
                 design=pipeline.design,
+                clock=self._synchronisation.clock,
+                signals=feedback.names,
                 n_planned=self._reader.n_volumes,
                 slice_times_s=first.slice_times_s,
                 device=pipeline.device,
@@ -453,6 +520,8 @@ class Session:
             self._writer = _Writer(recorder, limit=0 if self._has_a_clock else _WRITE_BEHIND)
             for kind, text in self._early_notes:
                 self._writer.note(kind, text)
+        conditions, n = self.paradigm.conditions, self._reader.n_volumes
+        self._outputs.begin(Run(first.tr_s, n, conditions, tuple(rois), feedback.names))
         return pipeline
 
     def _count(self, result: Result) -> None:
@@ -493,7 +562,8 @@ class Session:
 
     def _note(self, kind: NoteKind, text: str, said: str | None = None) -> None:
         """Write something down in the log and in the recording."""
-        _log.log(logging.INFO if kind == "end" else logging.WARNING, said or text)
+        level = logging.INFO if kind in ("trigger", "end") else logging.WARNING
+        _log.log(level, said or text)
         if self._writer:
             self._writer.note(kind, text)
         else:
@@ -520,6 +590,9 @@ class _Writer:
 
     def note(self, kind: NoteKind, text: str) -> None:
         self._jobs.put(lambda: self._recorder.note(kind, text))
+
+    def event(self, announced: Announced) -> None:
+        self._jobs.put(lambda: self._recorder.event(announced))
 
     def close(self, maps: RunMaps) -> None:
         self._jobs.put(lambda: self._recorder.close(maps))

@@ -15,6 +15,7 @@ from rtfmri.paradigm import Event, read_events
 from rtfmri.recording import open_recording
 
 N = 50
+ROI_VALUES = ("signal", "filtered", "psc", "z", "adjusted")
 # BIDS: entities as key-label with labels of letters and digits, then suffix and extension.
 BIDS_NAME = re.compile(
     r"sub-[A-Za-z0-9]+_task-[A-Za-z0-9]+(_(contrast|stat|label|desc)-[A-Za-z0-9]+)*"
@@ -151,11 +152,12 @@ def test_feedback_comes_back_row_by_row(recording: Path, func: Path) -> None:
         assert float(row["time_s"]) == int(row["volume"]) * TR_S
         names = [n for n, on in zip(("baseline", "left hand"), members[i], strict=True) if on]
         assert row["conditions"] == (",".join(names) or "n/a")
-        cells = [row[f"motorArea_{value}"] for value in ("signal", "filtered", "psc", "z")]
+        cells = [row[f"motorArea_{value}"] for value in ROI_VALUES]
         back = [float(cell.replace("n/a", "nan")) for cell in cells]
         np.testing.assert_array_equal(back, roi[i, 0])
         assert float(row["motorArea_t_leftHand"]) == ts[i, 0, 0]
     assert ts[-1, 0, 0] > 10
+    assert {row["shown"] for row in table} == {"n/a"}  # no signals in this run
     columns = json.loads((func / "sub-01_task-leftHand_desc-feedback_timeseries.json").read_text())
     assert list(columns) == list(table[0])
     assert columns["motorArea_psc"]["Units"] == "percent"

@@ -5,7 +5,7 @@ import pytest
 
 from rtfmri.config import BaselineSettings, ParadigmSettings
 from rtfmri.errors import EventsError
-from rtfmri.paradigm import Event, Paradigm, read_events
+from rtfmri.paradigm import MAX_ANNOUNCED, Announced, Event, Paradigm, read_events
 
 BLOCKS = (Event(20, 20, "tap"), Event(60, 20, "tap"))
 NO_DELAY = ParadigmSettings(haemodynamic_delay_s=0, transition_s=0)
@@ -135,3 +135,38 @@ def test_more_than_a_recording_holds_is_refused() -> None:
 def test_conditions_that_no_volume_can_reach_are_named() -> None:
     paradigm = Paradigm([Event(0, 3, "flash"), Event(10, 20, "tap"), Event(5, 0, "press")])
     assert paradigm.unreachable == ("flash", "press")
+
+
+def test_an_announced_event_counts_from_the_volume_that_knew_of_it() -> None:
+    settings = ParadigmSettings(haemodynamic_delay_s=0, transition_s=0, conditions=("up", "down"))
+    paradigm = Paradigm((), settings)
+    assert paradigm.conditions == ("baseline", "down", "up")
+    assert paradigm.unreachable == ()
+    assert conditions(paradigm, 3) == ["baseline"] * 3
+    paradigm.add(Announced(Event(2, 4, "up"), 4.0))
+    paradigm.add(Announced(Event(8, 4, "down"), 8.0))
+    expected = ["baseline", "baseline", "up", "baseline", "down", "down", "baseline"]
+    for _ in range(2):  # as a run and as its replay
+        assert conditions(paradigm, 7) == expected
+    assert paradigm.events == ()
+    assert paradigm.announced[0] == (Event(2, 4, "up"), 4.0)
+
+
+def test_what_may_not_be_announced_is_refused() -> None:
+    paradigm = Paradigm(BLOCKS, ParadigmSettings())
+    with pytest.raises(EventsError, match=r"paradigm\.conditions, none; got 'tap'"):
+        paradigm.add(Announced(BLOCKS[0], 0.0))
+    paradigm = Paradigm((), ParadigmSettings(conditions=("up",)))
+    with pytest.raises(EventsError, match=r"paradigm\.conditions, up; got 'x{40}'"):
+        paradigm.add(Announced(Event(0, 1, "x" * 1000), 0.0))
+    for i in range(MAX_ANNOUNCED):
+        paradigm.add(Announced(Event(i, 0.5, "up"), 0.0))
+    with pytest.raises(EventsError, match=f"at most {MAX_ANNOUNCED} events"):
+        paradigm.add(Announced(Event(0, 1, "up"), 0.0))
+
+
+def test_a_paradigm_can_be_moved() -> None:
+    named = BaselineSettings(condition="rest")
+    moved = Paradigm([Event(0, 10, "rest"), Event(10, 10, "tap")], NO_DELAY, named).moved(4)
+    assert moved.events == (Event(4, 10, "rest"), Event(14, 10, "tap"))
+    assert conditions(moved, 4) == ["", "", "rest", "rest"]

@@ -9,7 +9,8 @@ import pytest
 
 from dicom_files import real_data
 from memory import plain
-from rtfmri.config import Config
+from offline import Offline
+from rtfmri.config import Config, FeedbackSettings
 from rtfmri.pipeline import Result
 from rtfmri.readers import open_reader
 from rtfmri.recording import open_recording
@@ -34,7 +35,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Without motion correction and mask: what a few lines of NumPy can repeat."""
-    return made(tmp_path_factory.mktemp("plain") / "run.h5", plain())
+    config = plain(feedback=FeedbackSettings(signals=SIGNALS))
+    return made(tmp_path_factory.mktemp("plain") / "run.h5", config)
+
+
+SIGNALS = {
+    "psc": {"kind": "activity", "roi": "left"},
+    "z": {"kind": "activity", "roi": "left", "measure": "z"},
+    "median": {"kind": "activity", "roi": "left", "summary": "median"},
+    "eigenvariate": {"kind": "activity", "roi": "right", "summary": "eigenvariate"},
+    "difference": {"kind": "differential", "plus": "left", "minus": "right"},
+    "link": {"kind": "connectivity", "rois": ["left", "right"], "window_volumes": 30},
+}
 
 
 def made(out: Path, config: Config) -> Run:
@@ -114,3 +126,30 @@ def test_the_recording_replays_to_the_same_bits(run: Run) -> None:
         for volume in recording.volumes():
             pipeline.push(volume)
         assert np.array_equal(pipeline.maps()["NFBREG"].t, recording.maps()["NFBREG"].t)
+
+
+def test_every_signal_is_what_float64_makes_of_the_recorded_volumes(plain_run: Run) -> None:
+    with open_recording(plain_run.out) as recording:
+        rois = recording.roi_weights
+        conditions = [result.conditions for result in plain_run.results]
+        offline = Offline.of(recording.volumes(), rois, conditions)
+        got = dict(zip(recording.signal_names, recording.signals.T, strict=True))
+    left, right = (offline.activity(name, "psc") for name in ("left", "right"))
+    n = len(conditions)
+    psc_error = 100 * n * 2.0**-24  # a mean of float32 is off by at most one rounding a volume
+    # z is PSC over the sd in percent of the mean; early on that of two or three volumes is small.
+    sd_percent = np.abs(left / offline.activity("left", "z"))
+    wanted = {
+        "psc": (left, psc_error),
+        "z": (offline.activity("left", "z"), 2 * psc_error / np.nanmin(sd_percent)),
+        "median": (offline.median("left", "psc"), psc_error),
+        "eigenvariate": (offline.eigenvariate("right", "psc"), 20 * psc_error),
+        "difference": (left - right, 2 * psc_error),
+        "link": (offline.connectivity("left", "right", 30), 1e-6),
+    }
+    assert list(got) == list(wanted)
+    for name, (values, error) in wanted.items():
+        np.testing.assert_array_equal(np.isnan(got[name]), np.isnan(values), err_msg=name)
+        known = ~np.isnan(values)
+        assert np.abs(got[name] - values)[known].max() <= error, name
+        assert np.ptp(values[known]) > 0.5, name

@@ -81,7 +81,7 @@ def test_an_empty_task_and_no_regions_are_fine(tmp_path: Path) -> None:
     with open_recording(path) as recording:
         assert recording.events == ()
         assert recording.roi_names == ()
-        assert recording.roi.shape == (3, 0, 4)
+        assert recording.roi.shape == (3, 0, 5)
 
 
 def test_every_dataset_is_chunked_and_no_string_is_variable(tmp_path: Path) -> None:

@@ -131,11 +131,18 @@ def open_reader(source: str, *, tr_s: float | None = None, speed: float | None =
         known = ", ".join(f"{name}:" for name in sorted(SCHEMES))
         raise SourceError(f"source must be a path or begin with one of {known}; got {source!r}")
     target, _, query = source[uri.end() :].partition("?")
-    options = _parse_query(query, scheme.options, source)
+    options = parse_query(query, scheme.options, source)
     return scheme.open(unquote(target), tr_s, speed, **options)
 
 
-def _parse_query(query: str, allowed: Mapping[str, Option], source: str) -> dict[str, Any]:
+def parse_query(query: str, allowed: Mapping[str, Option], source: str) -> dict[str, Any]:
+    """Return the options of a URI's *query*, of those that are *allowed*.
+
+    Raises
+    ------
+    SourceError
+        If a key is unknown or given twice, or its text is not understood.
+    """
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError:

@@ -44,6 +44,26 @@ def import_zmq() -> ModuleType:
     return zmq
 
 
+def bind(socket: Any, address: Address) -> Address:
+    """Let a ZeroMQ socket listen; return where, with the port that was chosen if any could be.
+
+    Raises
+    ------
+    SourceError
+        If that is not possible; the socket is closed then.
+    """
+    zmq, host = import_zmq(), address.host
+    socket.setsockopt(zmq.IPV6, ":" in host)
+    name = f"[{host}]" if ":" in host else host.replace("localhost", "127.0.0.1")
+    try:
+        socket.bind(f"tcp://{name}:{address.port or '*'}")
+    except zmq.ZMQError as error:
+        socket.close()
+        raise SourceError(f"cannot listen on {host}:{address.port}: {error.strerror}") from error
+    port = int(socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
+    return Address(host, port)
+
+
 class ZmqReader(RunReader):
     """Takes ZeroMQ messages; subclasses say in `_read` what one means.
 
@@ -104,7 +124,7 @@ class ZmqReader(RunReader):
         super().close()
 
     def _bind(self) -> Any:
-        zmq, host = self._zmq, self.address.host
+        zmq = self._zmq
         bound = self._context.socket(getattr(zmq, self._kind))
         bound.setsockopt(zmq.ZAP_DOMAIN, b"rtfmri")  # without one, nobody asks at the door
         bound.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
@@ -112,17 +132,7 @@ class ZmqReader(RunReader):
         bound.setsockopt(zmq.LINGER, 0)
         bound.setsockopt(zmq.HANDSHAKE_IVL, int(INTRODUCTION_S * 1000))
         bound.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        bound.setsockopt(zmq.IPV6, ":" in host)
-        name = f"[{host}]" if ":" in host else host.replace("localhost", "127.0.0.1")
-        try:
-            bound.bind(f"tcp://{name}:{self.address.port or '*'}")
-        except zmq.ZMQError as error:
-            bound.close()
-            raise SourceError(
-                f"cannot listen on {host}:{self.address.port}: {error.strerror}"
-            ) from error
-        port = int(bound.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
-        self.address = Address(host, port)
+        self.address = bind(bound, self.address)
         return bound
 
     def _work(self) -> None:

@@ -256,6 +256,46 @@ class GlmStage:
         n, rank = self._backend.download(self._state.counts)[label]
         return self._mixture(scale, n - rank)
 
+    def adjusted(self, volume: NDArray[np.float64], row: Floats) -> Floats:
+        """Return a volume without its drift, motion and confounds, in percent of its level.
+
+        What is taken out is what the fit to all volumes so far, this one included, says of them;
+        the level is the constant's. So the task stays, and so does noise.
+
+        Parameters
+        ----------
+        volume : (n_voxels,) float64
+            On the host, as `push` got it.
+        row : (n_columns,) float64
+            Its row of the design.
+
+        Returns
+        -------
+        (n_voxels,) float64
+            nan while there are no more volumes than the design has columns that vary, and where
+            the level is not above 0.
+        """
+        download = self._backend.download
+        factors, counts = download(self._state.factor), download(self._state.counts)
+        order = download(self._voxels.order)
+        coordinates = download(self._voxels.coordinates).astype(np.float64)
+        nuisance = row.copy()
+        nuisance[self.design.conditions] = 0
+        adjusted = np.full(self._n_voxels, np.nan)
+        for label, (factor, (n, rank)) in enumerate(zip(factors, counts, strict=True)):
+            members = np.flatnonzero(self._labels[order] == label)
+            if n <= rank or not members.size:
+                continue
+            known = np.diag(factor) > 0
+            fitted = coordinates[np.ix_(known, members)]
+            weights = np.linalg.solve(factor[np.ix_(known, known)], fitted)
+            start, voxels = download(self._voxels.origin)[members], order[members]
+            level = start + weights[0]
+            rest = volume[voxels] - start - nuisance[known] @ weights
+            np.divide(100 * rest, level, out=rest, where=level > 0)
+            adjusted[voxels] = np.where(level > 0, rest, np.nan)
+        return adjusted
+
     def memory(self) -> NDArray[np.float32]:
         """Return the lag-1 autocorrelation that is taken out of each voxel, (n_voxels,)."""
         self.catch_up()

@@ -26,19 +26,23 @@ class RoiValue:
 
     ``signal`` is its weighted mean in scanner units, ``filtered`` the same as it is compared:
     detrended and filtered, where that is asked for. ``psc`` and ``z`` compare it with the baseline
-    of the region's own signal; both are nan until two baseline volumes were seen. ``t`` has the t,
-    or F, of each contrast of the GLM after this volume, 0 where it cannot be said yet.
+    of the region's own signal; both are nan until two baseline volumes were seen. ``adjusted`` is
+    the signal in percent of its level, without the drift, motion and confounds that the GLM has
+    found so far (`GlmStage.adjusted`), where a signal of the feedback asks for that, else nan.
+    ``t`` has the t, or F, of each contrast of the GLM after this volume, 0 where it cannot be said
+    yet.
     """
 
     signal: float
     filtered: float
     psc: float
     z: float
+    adjusted: float
     t: Mapping[str, float]
 
     def none(self) -> "RoiValue":
         """Return the value of this region where there is none: all nan."""
-        return RoiValue(*(math.nan,) * 4, t=dict.fromkeys(self.t, math.nan))
+        return RoiValue(*(math.nan,) * 5, t=dict.fromkeys(self.t, math.nan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,10 @@ class RoiStage:
         self._filter = KalmanFilter(n) if config.roi.filter == "kalman" else None
         self._glm = GlmStage(host, n, design, config.glm) if design and n else None
         self._row = np.zeros(len(design.columns) if design else 0)
+        self._adjusts = any(
+            getattr(signal, "measure", None) == "adjusted"
+            for signal in config.feedback.signals.values()
+        )
 
     def push(self, volume: Array, means: Array) -> None:
         """Average each region of *volume* into *means*, (n_rois,) float64 on the backend."""
@@ -136,8 +144,11 @@ class RoiStage:
         """
         if not self.names:
             return {}
+        adjusted = np.full(len(self.names), np.nan)
         if self._glm and row is not None:
             self._fit(self._glm, means, usable, index, row)
+            if self._adjusts:
+                adjusted = self._glm.adjusted(means, row)
         filtered = means if detrended is None else detrended
         if self._filter:
             filtered = self._filter.push(filtered, usable)
@@ -146,10 +157,10 @@ class RoiStage:
         _, psc, z = self._baseline.subtraction
         if not self._baseline.ready:
             psc = z = np.full(len(self.names), np.nan)
-        values = zip(self.names, means, filtered, psc, z, self._ts(), strict=True)
+        values = zip(self.names, means, filtered, psc, z, adjusted, self._ts(), strict=True)
         return {
-            name: RoiValue(float(mean), float(level), float(p), float(q), t)
-            for name, mean, level, p, q, t in values
+            name: RoiValue(float(mean), float(level), float(p), float(q), float(a), t)
+            for name, mean, level, p, q, a, t in values
         }
 
     def catch_up(self) -> None:
