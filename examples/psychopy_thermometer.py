@@ -170,7 +170,7 @@ class Display:
         )
         self.window.mouseVisible = False
         self._cross = visual.ShapeStim(
-            self.window, vertices="cross", size=0.04, fillColor="white", lineColor=None
+            self.window, vertices="cross", size=0.04, fillColor="white", lineColor="black"
         )
         self._tube = visual.Rect(
             self.window, WIDTH + 0.016, HEIGHT + 0.016, lineColor=DARK, lineWidth=3, fillColor=None

@@ -540,11 +540,23 @@ def series(
 def demo(
     out: Annotated[Path, typer.Option(help="A new folder for everything.")] = Path("rtfmri-demo"),
     device: DeviceOption = Device.auto,
+    feedback: Annotated[
+        bool,
+        typer.Option(
+            "--feedback",
+            help="Simulate neurofeedback training instead: participants whose brains answer.",
+        ),
+    ] = False,
+    participants: Annotated[int, typer.Option(min=1, help="Of each arm, with --feedback.")] = 8,
+    blocks: Annotated[int, typer.Option(min=3, help="Of regulation, with --feedback.")] = 24,
     as_json: JsonOption = False,
 ) -> None:
     """Simulate a finger-tapping run, take it through the pipeline, and draw what was found."""
     from rtfmri.demo import run_demo
 
+    if feedback:
+        _show_training(out, participants, blocks, device, as_json)
+        return
     with err_console.status("starting") as status:
         found = run_demo(out, device=device.value, say=status.update)
     if as_json:
@@ -569,6 +581,39 @@ def demo(
     out_console.print(table)
     for name in ("report/index.html", "run.h5", "bids", "truth"):
         out_console.print(f"  {out / name}", highlight=False)
+
+
+def _show_training(
+    out: Path, participants: int, blocks: int, device: Device, as_json: bool
+) -> None:
+    from rtfmri.closed_loop import compare_arms
+
+    with err_console.status("preparing the kernels (the first time takes some seconds)") as status:
+        arms = compare_arms(
+            out,
+            n_participants=participants,
+            n_blocks=blocks,
+            device=device.value,
+            say=status.update,
+        )
+    if as_json:
+        gains = {arm: [one.gain for one in group] for arm, group in arms.items()}
+        print(json.dumps({"out": str(out), "gain": gains}))
+        return
+    table = Table(title="Activity, % of the strongest strategy's", title_justify="left")
+    for column in ("feedback", "participants", "first third", "last third", "gain"):
+        table.add_column(column, justify="left" if column == "feedback" else "right")
+    third = blocks // 3
+    for arm, group in arms.items():
+        first, last = (
+            100 * sum(sum(one.activity[part]) for one in group) / (third * len(group))
+            for part in (slice(third), slice(-third, None))
+        )
+        name = "own" if arm == "contingent" else "another's (yoked sham)"
+        cells = f"{first:.0f}", f"{last:.0f}", f"{last - first:+.0f}"
+        table.add_row(name, str(len(group)), *cells)
+    out_console.print(table)
+    out_console.print(f"  {out / 'learning.png'}", highlight=False)
 
 
 @app.command()
@@ -750,6 +795,23 @@ def train(
     text = f'[feedback.signals]\n{out.stem} = {{kind = "decoder", file = "{out}"}}'
     out_console.print("next, in the settings of a run:", highlight=False)
     out_console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def unblind(
+    recording: RecordingArgument,
+    allocation: Annotated[Path, typer.Option(help="The TOML file that says what each arm is.")],
+) -> None:
+    """Tell of which kind a run's sham was, and make sure that the allocation is the run's."""
+    from rtfmri.feedback.sham import unblind as tell
+    from rtfmri.recording import open_recording
+
+    with open_recording(recording) as file:
+        sham = file.config.feedback.sham
+        if sham is None:
+            raise ConfigError(f"{recording} was recorded without a sham")
+        kind = tell(file.sham_seal, sham.arm, allocation)
+    out_console.print(f"arm {sham.arm}: {kind}", highlight=False, markup=False)
 
 
 @app.command()

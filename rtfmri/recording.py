@@ -6,6 +6,7 @@ Layout (h5py; every dataset is chunked, every string has a fixed length)::
                          (4, 4), device, conditions, rois, slice_times_s (n_slices,) or none,
                          design and confounds (names of columns), contrasts, contrast_rows (how
                          many rows each has; for t it is 0), signals (names of the feedback's),
+                         sham_seal (see `rtfmri.feedback.sham`; empty without a sham),
                          clock_start, clock_offset_s, clock_zero_s, unix_minus_perf_s,
                          lsl_minus_perf_s (see `RunClock`)
     /volumes             (n, z, y, x), as the scanner sent them; transposed it is (x, y, z)
@@ -132,6 +133,8 @@ class Recorder:
         Of the run.
     signals : sequence of str
         Names of the feedback's signals.
+    sham_seal : str
+        Of the sham's arm; empty without one.
     device : str
         What computes the results.
 
@@ -157,6 +160,7 @@ class Recorder:
         design: Design | None = None,
         clock: RunClock | None = None,
         signals: Sequence[str] = (),
+        sham_seal: str = "",
         n_planned: int | None = None,
         slice_times_s: Sequence[float] | None = None,
         device: str = "cpu",
@@ -184,6 +188,7 @@ class Recorder:
         file.attrs["conditions"] = _names(self._conditions)
         file.attrs["rois"] = _names(self._rois)
         file.attrs["signals"] = _names(self._signals)
+        file.attrs["sham_seal"] = np.bytes_(sham_seal)
         file.attrs["n_planned"] = n_planned or 0
         clock = clock or RunClock()
         file.attrs["clock_start"] = np.bytes_(clock.start)
@@ -346,6 +351,8 @@ class Recording:
         Of the GLM's design; empty without one.
     signal_names : tuple of str
         Of the feedback.
+    sham_seal : str
+        Of the sham's arm (`rtfmri.feedback.sham`); empty without one.
     confounds : Confounds or None
         Where the run was given them.
     n_planned : int or None
@@ -376,6 +383,7 @@ class Recording:
         self.columns = tuple(name.decode() for name in attributes["design"])
         self.contrast_names = tuple(name.decode() for name in attributes["contrasts"])
         self.signal_names = tuple(name.decode() for name in attributes["signals"])
+        self.sham_seal = attributes["sham_seal"].decode()
         self._contrast_rows = [int(n) for n in attributes["contrast_rows"]]
         self.n_planned = int(attributes["n_planned"]) or None
         self.clock = RunClock(
@@ -434,6 +442,11 @@ class Recording:
             tuple(problem for i, problem in enumerate(_PROBLEMS) if bits >> i & 1)
             for bits in self.results["problems"].tolist()
         ]
+
+    @property
+    def roi_values(self) -> tuple[str, ...]:
+        """What `roi` has of each region, along its last axis."""
+        return _ROI
 
     @property
     def roi(self) -> NDArray[np.float64]:
@@ -666,6 +679,7 @@ def recover(path: str | Path, out: str | Path) -> int:
             design=pipeline.design,
             clock=broken.clock,
             signals=broken.signal_names,
+            sham_seal=broken.sham_seal,
             n_planned=broken.n_planned,
             slice_times_s=broken.slice_times_s,
             device=broken.device,

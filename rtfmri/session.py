@@ -512,6 +512,7 @@ class Session:
                 design=pipeline.design,
                 clock=self._synchronisation.clock,
                 signals=feedback.names,
+                sham_seal=feedback.sham_seal,
                 n_planned=self._reader.n_volumes,
                 slice_times_s=first.slice_times_s,
                 device=pipeline.device,

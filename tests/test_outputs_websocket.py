@@ -156,7 +156,7 @@ def test_the_page_asks_for_nothing_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/favicon.ico", "/../pyproject.toml", "/%2e%2e/x", "//", "/index"]
+    "path", ["/favicon.ico", "/../message.py", "/%2e%2e/message.py", "//", "/index.html"]
 )
 def test_there_is_nothing_else_to_be_had(path: str) -> None:
     with serving() as (_, where):
@@ -222,13 +222,16 @@ def test_origins(query: str, origin: str | None, welcome: bool) -> None:
             assert output.n_refused == 1
 
 
+def say(client: ClientConnection, said: str | bytes) -> None:
+    client.send(said)
+    client.recv(timeout=PATIENCE_S)
+
+
 def test_who_says_something_is_sent_away() -> None:
     with serving() as (output, where):
         for said in ("hello", b"\x00" * 100, "x" * 10_000_000):
             with connect(f"ws://{where}") as client, pytest.raises(ConnectionClosed):
-                while True:
-                    client.send(said)
-                    client.recv(timeout=PATIENCE_S)
+                say(client, said)
         with connect(f"ws://{where}") as client:
             output.send(message(1))
             assert indices(client, 1) == [1]
@@ -291,7 +294,5 @@ def test_a_port_in_use_and_other_machines_are_refused() -> None:
 
 def test_without_websockets_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "websockets.asyncio.server", None)
-    with pytest.raises(
-        ConfigError, match="needs the package websockets, version 14 or newer: pip"
-    ):
+    with pytest.raises(ConfigError, match="needs the package websockets, version 14 or newer"):
         open_output("ws://127.0.0.1:0")

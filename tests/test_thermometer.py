@@ -130,7 +130,7 @@ def test_a_lost_connection_is_a_thin_frame_until_it_is_back(
         settle(browser, "fed")
         assert n_of(picture(browser, tmp_path), FRAME) == 0
     browser.wait_for("document.body.classList.contains('lost')")
-    settle(browser, "unsure lost")
+    settle(browser, "lost unsure")
     seen = picture(browser, tmp_path)
     assert n_of(seen, FRAME) == 2 * 2 * (WIDTH + HEIGHT - 4)
     assert n_of(seen, GREY) > 0

@@ -85,6 +85,8 @@ class Neurofeedback:
     ----------
     names : tuple of str
         Of the signals.
+    sham_seal : str
+        Of the sham's arm; empty without one.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Neurofeedback:
         self._begun = False
         self._begin()
         self.names = tuple(self._signals)
+        self.sham_seal = prepared.sham.seal if prepared.sham else ""
         self._shown = self._settings.show or next(iter(self.names), "")
         self._nothing = dict.fromkeys(self.names, math.nan)
         self._last = Feedback(self._nothing, math.nan)

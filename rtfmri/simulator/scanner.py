@@ -38,6 +38,8 @@ MOTION_SMOOTH_VOLUMES = 3.0
 SPIKE_CHANCE, SPIKE_GAIN = 0.02, 0.3
 """Chance of a volume to have a spike, and how much brighter its slices are."""
 _STEP_S = 0.05
+_RESPONSE = 1
+"""The pattern of activity among all that can happen."""
 _MIN_SHAPE = (16, 16, 8)
 
 
@@ -173,6 +175,18 @@ class Scanner:
         magnitude = np.rint(np.sqrt(real * real + imaginary * imaginary)).astype(np.int16)
         voxels: NDArray[np.int16] = magnitude.reshape(self.grid.shape, order="F")
         return voxels
+
+    def respond(self, index: int, response: float) -> None:
+        """Let the active regions respond so in volume *index*, instead of to finger tapping.
+
+        Parameters
+        ----------
+        index : int
+        response : float
+            As `Truth.response`, which says it from now on, too.
+        """
+        self._courses[index, _RESPONSE] = response
+        self.truth.response[index] = response
 
     def write_truth(self, folder: str | Path) -> None:
         """Write the truth into *folder*, for others to compare with.
