@@ -1,6 +1,6 @@
-"""Independent listeners to a run's feedback, each a process: ``python feedback_clients.py KIND ...``.
+"""Independent listeners to a run's feedback: ``python feedback_clients.py KIND WHERE LAST``.
 
-They know nothing of rtfmri: what they get they print, one JSON a line, until the run's last volume.
+They know nothing of rtfmri: what they get they print, one JSON a line, until volume LAST.
 """
 
 import json
