@@ -633,6 +633,29 @@ def report(
     out_console.print(f"report: {page}", highlight=False)
 
 
+@app.command(name="cred-nf")
+def cred_nf(
+    recordings: Annotated[list[Path], typer.Argument(help="Recordings (.h5) of a study.")],
+    out: Annotated[Path, typer.Option(help="A folder for cred-nf.md and cred-nf.json.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Fill the CRED-nf checklist for neurofeedback studies, as far as recordings can."""
+    from rtfmri.report.cred_nf import write_cred_nf
+
+    items = write_cred_nf(recordings, out)
+    if as_json:
+        print(json.dumps({"out": str(out), "filled": [i.number for i in items if i.told]}))
+        return
+    table = Table(title="CRED-nf (Ros et al. 2020)", title_justify="left")
+    for column in ("item", "topic", "from the recordings"):
+        table.add_column(column)
+    for item in items:
+        text = escape("\n".join(item.told)) or "to be filled in by the experimenter"
+        table.add_row(item.number, item.topic, text)
+    out_console.print(table)
+    out_console.print(f"  {out / 'cred-nf.md'}", highlight=False)
+
+
 @app.command()
 def export(
     recording: RecordingArgument,

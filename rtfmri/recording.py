@@ -343,7 +343,8 @@ class Recording:
     ----------
     grid : Grid
     tr_s : float
-    device : str
+    device, version : str
+        What computed the results, and rtfmri's version then.
     config : Config
     conditions, roi_names : tuple of str
         The baseline condition first.
@@ -377,6 +378,7 @@ class Recording:
         self.grid = Grid(self._file["volumes"].shape[:0:-1], attributes["affine"])
         self.tr_s = float(attributes["tr_s"])
         self.device = attributes["device"].decode()
+        self.version = attributes["version"].decode()
         self.config = Config(**json.loads(self._file["config"][:].tobytes()))
         self.conditions = tuple(name.decode() for name in attributes["conditions"])
         self.roi_names = tuple(name.decode() for name in attributes["rois"])

@@ -169,6 +169,20 @@ def test_one_process_has_one_network() -> None:
         open_output("lsl:?network=1")
 
 
+def test_lsl_that_was_loaded_without_us_cannot_be_confined() -> None:
+    script = """
+import pylsl
+outlet = pylsl.StreamOutlet(pylsl.StreamInfo("s", "Markers", 1, 0, "string", "s"))
+from rtfmri.feedback.outputs import open_output
+print("v6 is off" if "<v6data_port>0<" in outlet.get_info().as_xml() else "v6 is on", flush=True)
+open_output("lsl:")
+"""
+    done = python(script, HOME="/nowhere")
+    if "v6 is off" in done.stdout:
+        pytest.skip("this machine has no IPv6, by which it is told")
+    assert "ConfigError: output lsl:: LSL was used in this process before" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("uri", "why"),
     [

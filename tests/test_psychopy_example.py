@@ -35,12 +35,13 @@ spec.loader.exec_module(example)
 assert "psychopy" not in sys.modules
 stream = example.FeedbackStream()
 assert stream.poll() == [] and stream.newest is None
-while not stream.connected:
+end = time.monotonic() + 60
+while not stream.connected and time.monotonic() < end:
     stream.poll()
     time.sleep(1 / 60)
 print("connected", flush=True)
 n = 0
-while n < int(sys.argv[2]):
+while n < int(sys.argv[2]) and time.monotonic() < end:
     time.sleep(1 / 60)
     for sample in stream.poll():
         print(json.dumps(sample), flush=True)

@@ -35,6 +35,8 @@ from rtfmri.volume import Grid
 __all__ = ["peak", "write_report"]
 
 _DPI = 150
+_MOST_SIGNALS = 5
+"""That are drawn."""
 _FDR = 0.05
 _MIN_CLUSTER_VOXELS = 5
 _MAX_CLUSTERS = 12
@@ -133,7 +135,10 @@ class _Report:
             parts.append(self.mean_image())
         if self.recording.columns:
             parts.append(self.design())
-        parts += [self.courses(findings), *self.quality(), self.latency()]
+        parts.append(self.courses(findings))
+        if self.recording.signal_names:
+            parts.append(self.feedback())
+        parts += [*self.quality(), self.latency()]
         return page(
             "Real-time fMRI run",
             f"{self.recording.grid}, one volume every {self.recording.tr_s:g} s, processed on "
@@ -414,6 +419,40 @@ class _Report:
             "Time courses", self.figure("time-courses", drawn, "Time courses"), text=text
         )
 
+    def feedback(self) -> str:
+        """Return what the signals were, and what was shown of them."""
+        recording, n = self.recording, len(self.rows)
+        names, shown = recording.signal_names, recording.shown[:n]
+        signals = recording.signals[:n]
+        presented = recording.config.feedback.show or names[0]
+        courses = [figures.Course(f"Shown to the participant (from {presented})", shown)]
+        courses += [
+            figures.Course(f"Signal {name}", values)
+            for name, values in list(zip(names, signals.T, strict=True))[:_MOST_SIGNALS]
+        ]
+        drawn = figures.time_courses(
+            courses,
+            self.rows["time_s"] + recording.tr_s / 2,
+            self.members,
+            recording.conditions,
+            recording.events,
+            label="in each signal's own units",
+            one_scale=False,
+        )
+        facts = []
+        for condition, counts in zip(recording.conditions, self.members.T, strict=True):
+            cells = [_mean_and_sd(values[counts]) for values in (*signals.T, shown)]
+            facts.append((condition, *cells))
+        n_shown = int(np.isfinite(shown).sum())
+        return section(
+            "Feedback",
+            self.figure("feedback", drawn, "What was shown, and each signal, over time"),
+            table(("mean (sd)", *names, "shown"), facts),
+            text=f"What the participant was shown, from 0 to 1 ({n_shown} of {n} volumes; none "
+            "where no feedback was due, there was no baseline yet, or the volume was no good), "
+            "and the signals it comes from. Shaded: the task blocks, when they were.",
+        )
+
     def quality(self) -> list[str]:
         """Return how still the head was, and how steady the signal."""
         recording, rows, n = self.recording, self.rows, len(self.rows)
@@ -583,6 +622,14 @@ def _viewer(
 
 def _power(log_e: float) -> str:
     return f"10^{log_e / np.log(10):.1f}"
+
+
+def _mean_and_sd(values: NDArray[np.float64]) -> str:
+    """Return both in words; a dash if there are too few values for them."""
+    values = values[np.isfinite(values)]
+    if values.size < 2:
+        return "-"
+    return f"{values.mean():+.2f} ({values.std(ddof=1):.2f})"
 
 
 def _place(at_mm: tuple[float, float, float]) -> str:

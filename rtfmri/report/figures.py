@@ -42,10 +42,10 @@ Rows = list[tuple[str, list[float]]]
 
 
 class Course(NamedTuple):
-    """A region's signal in each volume, (n_volumes,), in percent of its baseline mean."""
+    """What a panel shows of each volume, (n_volumes,); nan is no value."""
 
     title: str
-    psc: NDArray[np.float64]
+    values: NDArray[np.float64]
 
 
 def slices_at(grid: Grid, at_mm: Sequence[float]) -> Rows:
@@ -232,13 +232,16 @@ def time_courses(
     members: NDArray[np.bool_],
     conditions: Sequence[str],
     events: Sequence[Event],
+    *,
+    label: str = "signal change (%)",
+    one_scale: bool = True,
 ) -> Figure:
     """Draw each course against the task.
 
     Parameters
     ----------
     courses : sequence of Course
-        One panel each, all on one scale.
+        One panel each.
     time_s : (n_volumes,)
         Middle of each volume.
     members : (n_volumes, n_conditions)
@@ -247,10 +250,14 @@ def time_courses(
         The baseline first.
     events : sequence of Event
         Shaded where they are, not where their response is.
+    label : str
+        Of the vertical axis.
+    one_scale : bool
+        Whether all panels have the same one.
     """
     height = 0.9 + (1.9 if len(courses) <= 3 else 1.45) * len(courses)
     figure = Figure(figsize=(10, height), layout="constrained")
-    panels = figure.subplots(len(courses), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(courses), 1, sharex=True, sharey=one_scale, squeeze=False)[:, 0]
     colour = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(conditions[1:])}
     colour[conditions[0]] = _GREY
     # A point has the colour of the last condition it counts for: the baseline's only if no other.
@@ -270,14 +277,16 @@ def time_courses(
             shade = colour.get(event.trial_type, _GREY)
             axes.axvspan(event.onset_s, stop_s, color=shade, alpha=0.16, lw=0)
         axes.axhline(0, color=_GREY, lw=0.8)
-        line = np.insert(course.psc, gaps, np.nan)
+        line = np.insert(course.values, gaps, np.nan)
         axes.plot(np.insert(time_s, gaps, np.nan), line, color=_INK, lw=0.8, alpha=0.7)
-        axes.scatter(time_s, course.psc, s=13, c=faces, edgecolors=_INK, linewidths=0.6, zorder=3)
+        axes.scatter(
+            time_s, course.values, s=13, c=faces, edgecolors=_INK, linewidths=0.6, zorder=3
+        )
         axes.set_title(course.title, loc="left", size=10, color=_INK)
         axes.set_xlim(0, time_s[-1] + usual_s)
         _tidy(axes)
     panels[-1].set_xlabel("time in the run (s)")
-    figure.supylabel("signal change (%)", size=10, color=_INK)
+    figure.supylabel(label, size=10, color=_INK)
     if len(conditions) > 1:
         point: dict[str, Any] = {"marker": "o", "ls": "", "mec": _INK, "mew": 0.6, "ms": 5}
         blocks = [

@@ -102,7 +102,7 @@ def import_lsl(network: bool | None = None) -> ModuleType:
     global _confined
     with _loading:
         if _confined is None:
-            lsl = _load(None if network else _SETTINGS)
+            lsl = _load() if network else _load_confined()
             _confined = not network
             return lsl
         if network is not None and network is _confined:
@@ -110,31 +110,33 @@ def import_lsl(network: bool | None = None) -> ModuleType:
                 "network must be the same for all that use LSL in a process; it has been loaded "
                 f"with {int(not _confined)}"
             )
-        return import_module("pylsl")
+        return _load()
 
 
-def _load(settings: str | None) -> ModuleType:
-    """Import pylsl, and let it read its settings from here, if there are any."""
+def _load() -> ModuleType:
+    try:
+        lsl = import_module("pylsl")
+        lsl.StreamInfo(source_id="rtfmri")  # for this it reads its settings
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            "LSL needs the packages pylsl and liblsl: pip install 'rtfmri[lsl]', and, if that "
+            f"brings no liblsl for this system, conda install -c conda-forge liblsl ({error})"
+        ) from error
+    return lsl
+
+
+def _load_confined() -> ModuleType:
     given = os.environ.get(_VARIABLE)
     with TemporaryDirectory() as folder:
-        if settings is not None:
-            file = Path(folder, "lsl_api.cfg")
-            file.write_text(settings)
-            os.environ[_VARIABLE] = str(file)
+        file = Path(folder, "lsl_api.cfg")
+        file.write_text(_SETTINGS)
+        os.environ[_VARIABLE] = str(file)
         try:
-            lsl = import_module("pylsl")
-            lsl.StreamInfo(source_id="rtfmri")  # what first needs them
-        except (ImportError, OSError, RuntimeError) as error:
-            raise ConfigError(
-                "LSL needs the packages pylsl and liblsl: pip install 'rtfmri[lsl]', and, if that "
-                f"brings no liblsl for this system, conda install -c conda-forge liblsl ({error})"
-            ) from error
+            return _load()
         finally:
-            if given is None:
-                os.environ.pop(_VARIABLE, None)
-            else:
+            del os.environ[_VARIABLE]
+            if given is not None:
                 os.environ[_VARIABLE] = given
-    return lsl
 
 
 class LslOutput:
@@ -143,7 +145,12 @@ class LslOutput:
     def __init__(self, lsl: ModuleType, *, confined: bool) -> None:
         self._lsl, self._confined = lsl, confined
         self._guide = _Guide() if confined else None
-        self._events = self._open("rtfmri-events", "Markers", ("json",), "string")
+        try:
+            self._events = self._open("rtfmri-events", "Markers", ("json",), "string")
+        except BaseException:
+            if self._guide:
+                self._guide.close()
+            raise
         self._values: _Stream | None = None
         self._names: tuple[str, ...] = ()
 
@@ -203,6 +210,12 @@ class _Stream:
         self._patient = False
         if confined:
             xml = self._outlet.get_info().as_xml()
+            if "<v6data_port>0<" not in xml:
+                self._outlet = None
+                raise ConfigError(
+                    "LSL was used in this process before, with settings of its own: open this "
+                    "output first, or ask for lsl:?network=1"
+                )
             _keep_on_loopback(set(map(int, re.findall(r"<v4(?:data|service)_port>(\d+)<", xml))))
 
     def wait(self) -> None:
