@@ -1,4 +1,4 @@
-"""Make the pictures in README.md: run the demo, and a run that moves, and draw the benchmarks."""
+"""Make the pictures in README.md: the demo, a run that moves, a training, the benchmarks."""
 
 import importlib
 import shutil
@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from rtfmri.cli import load_benchmarks
+from rtfmri.closed_loop import compare_arms
 from rtfmri.config import Config
 from rtfmri.demo import run_demo
 from rtfmri.report import write_report
@@ -28,9 +29,17 @@ def draw_benchmarks() -> None:
         shutil.copy(Path(folder) / "roofline.png", DOCS / "roofline.png")
 
 
+def draw_training() -> None:
+    """Train simulated participants by their own feedback, and by another's."""
+    with tempfile.TemporaryDirectory() as folder:
+        compare_arms(Path(folder) / "training", n_participants=12, say=print)
+        shutil.copy(Path(folder) / "training" / "learning.png", DOCS / "learning.png")
+
+
 def main() -> None:
     """Write the pictures beside this file."""
     draw_benchmarks()
+    draw_training()
     with tempfile.TemporaryDirectory() as folder:
         report = run_demo(Path(folder) / "demo", device="cpu", say=print).out / "report"
         shutil.copy(report / "blobs-tapping.png", DOCS / "demo.png")

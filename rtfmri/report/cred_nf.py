@@ -142,8 +142,8 @@ def _sham(recording: Recording) -> str:
 def _processing(recording: Recording) -> str:
     config, fd_mm = recording.config, recording.config.quality.fd_limit_mm
     left_out = (
-        f"left out of baseline and statistics: volumes with FD above {fd_mm:g} mm, spikes, outlier "
-        "slices, saturation, or values that are no numbers"
+        f"left out of baseline and statistics: volumes with FD above {fd_mm:g} mm, spikes, "
+        "outlier slices, saturation, or values that are no numbers"
     )
     parts = [
         _motion(config),
