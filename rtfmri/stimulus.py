@@ -33,8 +33,8 @@ from urllib.parse import unquote
 
 from rtfmri.errors import ConfigError, RtfmriError, SourceError
 from rtfmri.readers import Option, parse_query
-from rtfmri.readers.network import LOOPBACK, Address, Allowed, listen, parse_address, parse_allowed
-from rtfmri.readers.zeromq import import_zmq
+from rtfmri.readers.network import Address, Allowed, listen, parse_address, parse_allowed
+from rtfmri.readers.zeromq import bind, import_zmq
 
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def parse(message: bytes, came_s: float) -> Said:
     except (ValueError, RecursionError):
         raise ValueError("is neither JSON nor the word trigger") from None
     if not isinstance(fields, dict):
-        raise ValueError("is JSON, but no object")
+        raise ValueError("is JSON, but no object")  # noqa: TRY004 (of the message, not of a call)
     if fields.get("trigger") is True:
         return Trigger(came_s)
     trial_type = fields.get("trial_type")
@@ -322,23 +322,14 @@ class ZmqStimulus(Stimulus):
         self._thread.join(timeout=2)
 
     def _bind(self, address: Address) -> tuple[Any, Address]:
-        zmq, host = self._zmq, address.host
+        zmq = self._zmq
         bound = self._context.socket(zmq.PULL)
         bound.setsockopt(zmq.ZAP_DOMAIN, b"rtfmri")  # without one, nobody asks at the door
         bound.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         bound.setsockopt(zmq.RCVHWM, MAX_WAITING)
         bound.setsockopt(zmq.HANDSHAKE_IVL, 5000)
         bound.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        bound.setsockopt(zmq.IPV6, ":" in host)
-        name = f"[{host}]" if ":" in host else host.replace("localhost", LOOPBACK)
-        try:
-            bound.bind(f"tcp://{name}:{address.port or '*'}")
-        except zmq.ZMQError as error:
-            raise SourceError(
-                f"cannot listen on {host}:{address.port}: {error.strerror}"
-            ) from error
-        port = int(bound.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").rpartition(b":")[2])
-        return bound, Address(host, port)
+        return bound, bind(bound, address)
 
     def _work(self) -> None:
         poller = self._zmq.Poller()
@@ -393,7 +384,7 @@ class LslStimulus(Stimulus):
     def close(self) -> None:
         """See `Stimulus.close`."""
         self._closed.set()
-        self._thread.join(timeout=2 * _RESOLVE_S + _LOOK_S)
+        self._thread.join(timeout=_CONNECT_S + 2 * _RESOLVE_S)
 
     def _work(self) -> None:
         _log.info("waiting for LSL's stream %s", self._name)
@@ -401,7 +392,11 @@ class LslStimulus(Stimulus):
             streams = self._lsl.resolve_bypred(self._query, 1, _RESOLVE_S)
             if streams:
                 with suppress(RuntimeError):  # what pylsl raises: nobody answers, or it is lost
-                    self._follow(self._lsl.StreamInlet(streams[0], max_buflen=MAX_WAITING // 100))
+                    self._follow(self._inlet(streams[0]))
+
+    def _inlet(self, stream: Any) -> Any:
+        # What is lost is looked for anew: LSL itself finds only streams that have a source_id.
+        return self._lsl.StreamInlet(stream, max_buflen=MAX_WAITING // 100, recover=False)
 
     def _follow(self, inlet: Any) -> None:
         """Take a stream's markers until it is lost."""
@@ -420,9 +415,9 @@ class LslStimulus(Stimulus):
 
     def _came_s(self, inlet: Any, stamp_s: float) -> float:
         """Return a marker's time on `time.perf_counter`."""
-        now_s, age_s = time.perf_counter(), self._lsl.local_clock() - stamp_s
+        now_s, age_s = time.perf_counter(), float(self._lsl.local_clock() - stamp_s)
         with suppress(RuntimeError):
-            age_s -= inlet.time_correction(timeout=0.0)
+            age_s -= float(inlet.time_correction(timeout=0.0))
             if 0 <= age_s < _MAX_AGE_S:
                 return now_s - age_s
         return now_s

@@ -128,12 +128,17 @@ class Synchronisation:
                 continue
             onset_s = at_s if said.onset_s is None else said.onset_s - clock.offset_s
             event = Event(onset_s, said.duration_s, said.trial_type)
-            try:
-                if onset_s + said.duration_s <= -task.haemodynamic_delay_s:
-                    raise EventsError("it was over before the run began")
-                paradigm.add(announced := Announced(event, volume.time_s))
-            except EventsError as error:
-                _say(self.heard.ignored, "ignored a block of the stimulus program: %s", error)
+            announced = Announced(event, volume.time_s)
+            problem = ""
+            if onset_s + said.duration_s <= -task.haemodynamic_delay_s:
+                problem = "it was over before the run began"
+            else:
+                try:
+                    paradigm.add(announced)
+                except EventsError as error:
+                    problem = str(error)
+            if problem:
+                _say(self.heard.ignored, "ignored a block of the stimulus program: %s", problem)
                 self.heard.ignored += 1
                 continue
             self.heard.blocks += 1

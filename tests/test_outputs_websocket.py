@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,7 +19,7 @@ from rtfmri.feedback.outputs import Outputs, open_output
 
 pytest.importorskip("websockets", reason="websockets is not installed (rtfmri[web])")
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from rtfmri.feedback.outputs.websocket import MAX_CLIENTS, WAITING, WebSocketOutput
@@ -130,6 +131,26 @@ def test_a_client_that_does_not_read_loses_the_oldest_and_holds_nobody_up() -> N
         assert got == sorted(set(got))
         assert len(got) < n - 1
         assert got[-WAITING:] == list(range(n - WAITING, n))
+
+
+def test_clients_that_never_read_are_left_when_it_closes() -> None:
+    request = (
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    quality = {"usable": True, "problems": ["x" * 1_000_000], "fd_mm": None}
+    uri = "ws://127.0.0.1:0"
+    with ExitStack() as stack, Outputs([uri]) as out:
+        host, _, port = out.addresses()[uri].partition(":")
+        for _ in range(5):
+            deaf = stack.enter_context(socket.create_connection((host, int(port))))
+            deaf.sendall(request)
+            assert deaf.recv(12) == b"HTTP/1.1 101"
+        for index in range(50):
+            out.send(message(index, quality=quality))
+            out.settle()
+        assert out.counts()[uri].sent == 50
+    assert not [thread for thread in threading.enumerate() if thread.name == "rtfmri-ws"]
 
 
 def test_the_page_asks_for_nothing_elsewhere() -> None:
@@ -264,7 +285,7 @@ def test_too_many_clients_are_refused_until_some_leave() -> None:
             stack.enter_context(socket.create_connection((host, int(port))))
         until(lambda: len(output._open) == MAX_CLIENTS)
         with (
-            pytest.raises((OSError, EOFError, InvalidHandshake)),
+            pytest.raises((OSError, EOFError, WebSocketException)),
             connect(f"ws://{where}", open_timeout=PATIENCE_S),
         ):
             pass

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from rtfmri.session import Session
 from rtfmri.simulator.streams import STREAM_TARGETS
 from rtfmri.stimulus import Said, Stimulus, open_stimulus
 from rtfmri.volume import Volume
-from stream_runs import background, volume
+from stream_runs import background
 
 ANNOUNCED = ParadigmSettings(conditions=("tap",))
 ROI = np.zeros(GRID.shape, np.float32)
@@ -214,19 +214,21 @@ def test_the_clock_may_start_at_a_time(zone: Any, tmp_path: Path) -> None:
 
 def test_announced_blocks_count_as_those_of_a_file(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
-    with program() as (link, say):
-        with Session(
+    with (
+        program() as (link, say),
+        Session(
             MemoryReader(volumes(50), live=True),
             rois={"m": ROI},
             config=plain(paradigm=ANNOUNCED),
             stimulus=link,
             out=out,
-        ) as session:
-            assert session.paradigm.conditions == ("baseline", "tap")
-            results = drive(session, say, {10: block(20.0), 30: block(60.0)})
+        ) as session,
+    ):
+        assert session.paradigm.conditions == ("baseline", "tap")
+        results = drive(session, say, {10: block(20.0), 30: block(60.0)})
     expected = with_events(EVENTS, volumes(50))
     assert conditions(results) == conditions(expected)
-    assert [r.roi["m"].psc for r in results[1:]] == [r.roi["m"].psc for r in expected[1:]]
+    np.testing.assert_equal([r.roi["m"].psc for r in results], [r.roi["m"].psc for r in expected])
     assert session.maps()["tap"].t[ACTIVE].min() > 8
     assert all(result.design is None for result in results)
     summary = session.summary()
@@ -245,19 +247,21 @@ def test_announced_blocks_count_as_those_of_a_file(tmp_path: Path) -> None:
 
 def test_a_block_begins_when_it_is_announced(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
-    with program() as (link, say):
-        with Session(
+    with (
+        program() as (link, say),
+        Session(
             MemoryReader(volumes(20), live=True),
             config=plain(paradigm=ANNOUNCED),
             stimulus=link,
             out=out,
-        ) as session:
-            results = iter(session)
-            next(results)
-            before_s = time.perf_counter()
-            say(block(duration_s=7.0))
-            after_s = time.perf_counter()
-            list(results)
+        ) as session,
+    ):
+        results = iter(session)
+        next(results)
+        before_s = time.perf_counter()
+        say(block(duration_s=7.0))
+        after_s = time.perf_counter()
+        list(results)
     with open_recording(out) as recording:
         (event,) = recording.events
         assert recording.results["arrived_s"][0] - recording.clock.zero_s == pytest.approx(TR_S)
@@ -290,14 +294,16 @@ def test_a_late_block_changes_nothing_that_was_said(
 ) -> None:
     """Announced 14 s after it began, so that the first volumes counted for the baseline."""
     out = tmp_path / "run.h5"
-    with program() as (link, say):
-        with Session(
+    with (
+        program() as (link, say),
+        Session(
             MemoryReader(volumes(30), live=True),
             config=plain(paradigm=ANNOUNCED),
             stimulus=link,
             out=out,
-        ) as session:
-            results = drive(session, say, {17: block(20.0)})
+        ) as session,
+    ):
+        results = drive(session, say, {17: block(20.0)})
     on_time = conditions(with_events(EVENTS[:1], volumes(30)))
     assert conditions(results)[:17] == [("baseline",)] * 17
     assert conditions(results)[17:] == on_time[17:]
@@ -315,15 +321,17 @@ def test_a_baseline_may_be_announced_too(tmp_path: Path) -> None:
         ),
         baseline=BaselineSettings(condition="rest"),
     )
-    with program() as (link, say):
-        with Session(
+    with (
+        program() as (link, say),
+        Session(
             MemoryReader(volumes(30), live=True),
             config=config,
             stimulus=link,
             out=tmp_path / "run.h5",
-        ) as session:
-            say(block(10.0, 10.0, "rest"))
-            results = drive(session, say, {10: block(20.0, 10.0)})
+        ) as session,
+    ):
+        say(block(10.0, 10.0, "rest"))
+        results = drive(session, say, {10: block(20.0, 10.0)})
     assert session.paradigm.conditions == ("rest", "tap")
     assert conditions(results) == [
         *[()] * 5,
@@ -420,29 +428,31 @@ def test_a_recording_that_grows_shows_what_was_announced_and_can_be_recovered(
     tmp_path: Path,
 ) -> None:
     out, broken, mended = (tmp_path / name for name in ("run.h5", "broken.h5", "mended.h5"))
-    with program() as (link, say):
-        with Session(
+    with (
+        program() as (link, say),
+        Session(
             MemoryReader(volumes(30), live=True),
             config=plain(paradigm=ANNOUNCED),
             stimulus=link,
             out=out,
-        ) as session:
-            results = iter(session)
-            first = [next(results) for _ in range(5)]
-            wait_for(lambda: session.n_recorded == 5)
-            with open_recording(out) as growing:
-                assert growing.events == ()
-                say("trigger", block(12.0))
-                first += [next(results) for _ in range(10)]
-                wait_for(lambda: session.n_recorded == 15)
-                assert growing.events == (Event(12.0, 20.0, "tap"),)
-                clock = growing.clock
-            shutil.copy(out, broken)  # as a kill leaves it
-            list(results)
+        ) as session,
+    ):
+        results = iter(session)
+        first = [next(results) for _ in range(5)]
+        wait_for(lambda: session.n_recorded == 5)
+        with open_recording(out) as growing:
+            assert growing.events == ()
+            say("trigger", block(12.0))
+            first += [next(results) for _ in range(10)]
+            wait_for(lambda: session.n_recorded == 15)
+            assert growing.events == (Event(12.0, 20.0, "tap"),)
+            clock = growing.clock
+        shutil.copy(out, broken)  # as a kill leaves it
+        list(results)
     assert recover(broken, mended) == 15
     with open_recording(mended) as recording:
         assert recording.closed
-        assert recording.clock == clock
+        np.testing.assert_equal(asdict(recording.clock), asdict(clock))
         assert recording.events == (Event(12.0, 20.0, "tap"),)
         assert recorded(recording) == replayed(recording) == conditions(first)
         assert recording.maps()["tap"].n_volumes > 0
@@ -451,6 +461,7 @@ def test_a_recording_that_grows_shows_what_was_announced_and_can_be_recovered(
 def test_a_whole_run_with_a_scanner_a_trigger_and_blocks(tmp_path: Path) -> None:
     """Volumes over TCP at the pace of their TR of 0.1 s, and what is said meanwhile."""
     out, n = tmp_path / "run.h5", 40
+    run = [replace(one, tr_s=0.1) for one in volumes(n)]
     config = plain(
         paradigm=ParadigmSettings(conditions=("up",), haemodynamic_delay_s=0.2, transition_s=0.1),
         clock=ClockSettings(start="trigger"),
@@ -465,14 +476,16 @@ def test_a_whole_run_with_a_scanner_a_trigger_and_blocks(tmp_path: Path) -> None
             start_s = time.perf_counter()
             for index in range(n):
                 time.sleep(max(0.0, start_s + 0.1 * (index + 1) - time.perf_counter()))
-                target.send(volume(index))
+                target.send(run[index])
                 if index in (8, 24):
                     say(block(duration_s=0.8, name="up"))
             target.close()
 
-        with Session(reader, config=config, stimulus=link, out=out) as session:
-            with background(scan):
-                results = list(session)
+        with (
+            Session(reader, config=config, stimulus=link, out=out) as session,
+            background(scan),
+        ):
+            results = list(session)
     assert len(results) == n
     summary = session.summary()
     assert summary["clock"]["start"] == "trigger"

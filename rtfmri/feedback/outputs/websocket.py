@@ -97,8 +97,9 @@ class WebSocketOutput:
         self.address = Address(address.host, self._listener.getsockname()[1])
         self.n_refused = 0
         self._allow, self._origins = allow, origins
-        self._open: set[object] = set()
+        self._open: set[ServerConnection] = set()
         self._clients: set[_Client] = set()
+        self._new: deque[str | None] = deque(maxlen=WAITING)
         self._newest: str | None = None
         self._closing = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -107,11 +108,11 @@ class WebSocketOutput:
 
     def begin(self, run: Run) -> None:
         """See `Output.begin`: who comes from now on gets nothing of the run before."""
-        self._loop.call_soon_threadsafe(self._forget)
+        self._put(None)
 
     def send(self, message: Message) -> None:
         """See `Output.send`."""
-        self._loop.call_soon_threadsafe(self._spread, message.json.decode())
+        self._put(message.json.decode())
 
     def end(self) -> None:
         """See `Output.end`."""
@@ -121,13 +122,17 @@ class WebSocketOutput:
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
 
-    def _forget(self) -> None:
-        self._newest = None
+    def _put(self, text: str | None) -> None:
+        self._new.append(text)
+        self._loop.call_soon_threadsafe(self._spread)
 
-    def _spread(self, text: str) -> None:
-        self._newest = text
-        for client in self._clients:
-            client.put(text)
+    def _spread(self) -> None:
+        """Bring what is new to all clients; None is a new run."""
+        while self._new:
+            self._newest = text = self._new.popleft()
+            if text is not None:
+                for client in self._clients:
+                    client.put(text)
 
     def _work(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -160,11 +165,16 @@ class WebSocketOutput:
             close_timeout=_FAREWELL_S,
             max_size=_MAX_BYTES,
             logger=silent,
-        ):
+        ) as server:
             await self._closing.wait()
             until_s = time.monotonic() + _FAREWELL_S
             while any(client.waiting for client in self._clients) and time.monotonic() < until_s:
                 await asyncio.sleep(0.01)
+            server.close()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(server.wait_closed()), _FAREWELL_S)
+            for connection in self._open:
+                connection.transport.abort()
 
     def _admit(self, connection: "ServerConnection") -> bool:
         host = connection.remote_address[0]
