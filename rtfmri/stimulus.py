@@ -27,11 +27,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from rtfmri.errors import ConfigError, RtfmriError, SourceError
+from rtfmri.feedback.outputs import SCHEMES as OUTPUTS
+from rtfmri.feedback.outputs.lsl import import_lsl
 from rtfmri.readers import Option, parse_query
 from rtfmri.readers.network import Address, Allowed, listen, parse_address, parse_allowed
 from rtfmri.readers.zeromq import bind, import_zmq
@@ -44,6 +45,8 @@ MAX_MESSAGE_BYTES = 1 << 16
 MAX_WAITING = 2048
 """Messages that wait for a volume; then the oldest is dropped for the newest."""
 MAX_CLIENTS = 8
+MAX_PER_SECOND = 4096
+"""Messages; whoever says more would keep the pipeline from its work."""
 _MAX_STRANGE = 100
 """Messages of one client that make no sense, before it is closed."""
 _MAX_S = 1e6
@@ -53,6 +56,7 @@ _RESOLVE_S = 0.5
 _CONNECT_S = 5.0
 _MAX_AGE_S = 60.0
 """A marker that says it is older, or of the future, is not stamped by LSL's clock."""
+TOO_MANY = "comes with too many others"
 _BROWSER = re.compile(rb"[A-Z]+ \S+ HTTP/")
 
 
@@ -143,6 +147,7 @@ class Stimulus:
     def __init__(self) -> None:
         self.counts = Counts()
         self._said: deque[Said] = deque(maxlen=MAX_WAITING)
+        self._closed = threading.Event()
 
     def said(self) -> list[Said]:
         """Return what came since the last call, in its order; never waits."""
@@ -166,10 +171,29 @@ class Stimulus:
         self.counts.heard += 1
         return True
 
+    def _rest(self) -> None:
+        """Leave those who say too much waiting for a second."""
+        self._ignore(TOO_MANY)
+        self._closed.wait(1.0)
+
     def _ignore(self, reason: str) -> None:
         level = logging.DEBUG if self.counts.malformed else logging.WARNING
         self.counts.malformed += 1
         _log.log(level, "ignored a message of the stimulus program: it %s", reason)
+
+
+class _Rate:
+    """Counts messages, second by second."""
+
+    def __init__(self) -> None:
+        self._since_s, self._n = 0.0, 0
+
+    def allows(self, n: int, now_s: float) -> bool:
+        """Count *n* more; tell whether those of this second are not too many."""
+        if now_s - self._since_s > 1:
+            self._since_s, self._n = now_s, 0
+        self._n += n
+        return self._n <= MAX_PER_SECOND
 
 
 class _Client:
@@ -178,6 +202,7 @@ class _Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.rest = b""
+        self.rate = _Rate()
         self.n_strange = 0
         self.spoke_s = 0.0
         """When it last said something that made sense."""
@@ -186,8 +211,8 @@ class _Client:
 class TcpStimulus(Stimulus):
     """Listens on TCP, with one thread for all.
 
-    Whoever has been silent for longest, or never made sense, makes room for the next. A browser
-    is closed at once: any page it shows could speak here.
+    Whoever has been silent for longest, or never made sense, makes room for the next. Who says
+    too much is closed, and a browser is at once: any page it shows could speak here.
 
     Parameters
     ----------
@@ -264,6 +289,10 @@ class TcpStimulus(Stimulus):
             data = b""
         # The last line needs no end if the connection has one.
         *lines, client.rest = (client.rest + (data or b"\n")).split(b"\n")
+        if not client.rate.allows(len(lines), came_s):
+            self._ignore(TOO_MANY)
+            self._leave(client)
+            return
         for line in filter(bytes.strip, lines):
             if _BROWSER.match(line):
                 self._ignore("is a browser's")
@@ -311,7 +340,6 @@ class ZmqStimulus(Stimulus):
         except SourceError:
             self._context.destroy(linger=0)
             raise
-        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="rtfmri-stimulus", daemon=True)
         self._thread.start()
         _log.info("listening to the stimulus program on %s:%d", address.host, self.address.port)
@@ -332,7 +360,7 @@ class ZmqStimulus(Stimulus):
         return bound, bind(bound, address)
 
     def _work(self) -> None:
-        poller = self._zmq.Poller()
+        poller, rate = self._zmq.Poller(), _Rate()
         poller.register(self._door, self._zmq.POLLIN)
         poller.register(self._socket, self._zmq.POLLIN)
         while not self._closed.is_set():
@@ -342,7 +370,9 @@ class ZmqStimulus(Stimulus):
                 self._answer_the_door()
             if self._socket in ready:
                 message, *more = self._socket.recv_multipart()
-                if more:
+                if not rate.allows(1, came_s):
+                    self._rest()
+                elif more:
                     self._ignore("has more than one frame")
                 else:
                     self._hear(message, came_s)
@@ -364,20 +394,22 @@ class LslStimulus(Stimulus):
     ----------
     name : str
         The stream's name, or its type.
+    network : bool, optional
+        Whether streams of other machines are looked for; by default as this process's LSL is
+        loaded already, or else not.
 
     Raises
     ------
     ConfigError
-        If pylsl is not installed.
+        If pylsl is not installed, or is loaded otherwise already.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, network: bool | None = None) -> None:
         super().__init__()
-        self._lsl = _import_lsl()
+        self._lsl = import_lsl(network)
         self._query = f"(name='{name}' or type='{name}') and channel_format='string'"
         self._name = name
         self.lsl_minus_perf_s = self._lsl.local_clock() - time.perf_counter()
-        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="rtfmri-stimulus", daemon=True)
         self._thread.start()
 
@@ -404,13 +436,16 @@ class LslStimulus(Stimulus):
         with suppress(RuntimeError):  # where a firewall keeps the clocks apart, arrival counts
             inlet.time_correction(timeout=_CONNECT_S)
         _log.info("listening to the stimulus program: LSL's stream %s", self._name)
+        rate = _Rate()
         while not self._closed.is_set():
             try:
                 sample, stamp_s = inlet.pull_sample(timeout=_LOOK_S)
             except UnicodeDecodeError:
                 self._ignore("is no text")
                 continue
-            if sample:
+            if sample and not rate.allows(1, time.perf_counter()):
+                self._rest()
+            elif sample:
                 self._hear(sample[0].encode(errors="replace"), self._came_s(inlet, stamp_s))
 
     def _came_s(self, inlet: Any, stamp_s: float) -> float:
@@ -421,12 +456,6 @@ class LslStimulus(Stimulus):
             if 0 <= age_s < _MAX_AGE_S:
                 return now_s - age_s
         return now_s
-
-
-def _import_lsl() -> ModuleType:
-    from rtfmri.feedback.outputs.lsl import import_lsl
-
-    return import_lsl()
 
 
 class _Scheme(NamedTuple):
@@ -440,7 +469,8 @@ def open_stimulus(uri: str) -> Stimulus:
     Parameters
     ----------
     uri : str
-        See the top of this module; beyond this machine with ``?allow=192.0.2.7``.
+        See the top of this module; beyond this machine with ``?allow=192.0.2.7``, or, for LSL,
+        ``?network=1``.
 
     Raises
     ------
@@ -468,17 +498,17 @@ def _open_zmq(target: str, allow: Allowed | None = None) -> ZmqStimulus:
     return ZmqStimulus(parse_address(target, ZMQ_PORT, allow), allow or Allowed())
 
 
-def _open_lsl(target: str) -> LslStimulus:
+def _open_lsl(target: str, network: bool | None = None) -> LslStimulus:
     if not re.fullmatch(r"[\w .:+-]{1,64}", target):
         raise ConfigError(
             "lsl: needs the name or type of a stream, of letters, digits and - _ . : +, such as "
             f"lsl:PsychoPy or lsl:Markers; got {target!r}"
         )
-    return LslStimulus(target)
+    return LslStimulus(target, network)
 
 
 _SCHEMES = {
     "tcp": _Scheme(_open_tcp, {"allow": parse_allowed}),
     "zmq": _Scheme(_open_zmq, {"allow": parse_allowed}),
-    "lsl": _Scheme(_open_lsl, {}),
+    "lsl": _Scheme(_open_lsl, OUTPUTS["lsl"].options),
 }

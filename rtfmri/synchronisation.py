@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from rtfmri.clock import RunClock, start_clock
 from rtfmri.config import Config
 from rtfmri.errors import ConfigError, EventsError
-from rtfmri.paradigm import Announced, Event, Paradigm
+from rtfmri.paradigm import MAX_ANNOUNCED, Announced, Event, Paradigm
 from rtfmri.stimulus import Said, Stimulus, Trigger
 from rtfmri.volume import Volume
 
@@ -115,7 +115,7 @@ class Synchronisation:
         ------
         Announced or float
             A block, which *paradigm* knows from this volume on, or the moment of a trigger on the
-            run's clock, in seconds.
+            run's clock, in seconds; of the first `MAX_ANNOUNCED` triggers.
         """
         self._listen()
         clock, task, before_s = self.clock, self._task, self._moment_s
@@ -124,7 +124,8 @@ class Synchronisation:
             at_s = said.came_s - clock.zero_s
             if isinstance(said, Trigger):
                 self.heard.triggers += 1
-                yield at_s + clock.offset_s
+                if self.heard.triggers <= MAX_ANNOUNCED:
+                    yield at_s + clock.offset_s
                 continue
             onset_s = at_s if said.onset_s is None else said.onset_s - clock.offset_s
             event = Event(onset_s, said.duration_s, said.trial_type)

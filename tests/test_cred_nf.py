@@ -108,8 +108,9 @@ def test_a_sham_tells_its_arm_and_seal_alone(tmp_path: Path) -> None:
         assert recording.sham_seal in told([path])["2b"]
     assert "arm 'B'" in told([path])["2b"]
     assert "inverted" not in str(cred_nf([path]))
+    assert "what the arm makes of signal left" in told([path])["4d"]
     page = write_report(path, tmp_path / "report").read_text()
-    assert "Shown to the participant" not in page or "inverted" not in page
+    assert "<th>shown</th>" not in page  # beside the signal it would tell
     assert "inverted" not in page
 
 
@@ -138,6 +139,7 @@ def test_the_report_shows_signals_and_what_was_shown(run: Path, tmp_path: Path) 
     page = write_report(run, tmp_path / "report").read_text()
     assert "<h2>Feedback</h2>" in page
     assert (tmp_path / "report" / "feedback.png").stat().st_size > 10_000
+    assert "<th>shown</th>" in page
     with open_recording(run) as recording:
         tap = recording.signals[recording.members()[:, 1], 1]
     assert f"<td>{tap.mean():+.2f} ({tap.std(ddof=1):.2f})</td>" in page

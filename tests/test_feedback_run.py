@@ -19,6 +19,7 @@ import pytest
 
 import feedback_clients
 from dicom_files import real_data
+from lsl_peers import taking_turns
 from rtfmri.recording import Recording, open_recording
 
 CLIENTS = Path(feedback_clients.__file__)
@@ -171,7 +172,10 @@ def write_region(path: Path) -> None:
 def test_real_run_reaches_zmq_and_lsl_clients(tmp_path: Path) -> None:
     folder = real_data("siemens_mosaic_psc")
     port, out = free_port(), tmp_path / "run.h5"
-    with clients(["zmq", str(port), "154"], ["lsl", "rtfmri-events", "154"]) as (zmq, lsl):
+    with (
+        taking_turns(),
+        clients(["zmq", str(port), "154"], ["lsl", "rtfmri-events", "154"]) as (zmq, lsl),
+    ):
         run(
             str(folder),
             *("--events", str(folder / "events.tsv"), "--out", str(out), "--speed", "40"),

@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,9 +15,11 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lsl_peers import taking_turns
 from rtfmri.errors import ConfigError
 from rtfmri.readers.network import Address, Allowed
 from rtfmri.stimulus import (
+    MAX_PER_SECOND,
     MAX_WAITING,
     Block,
     Said,
@@ -29,6 +32,7 @@ from rtfmri.stimulus import (
 )
 
 UP = b'{"trial_type": "up", "duration": 20.0}'
+UP_NOW = Block(0.0, "up", 20.0)
 LATER = b'{"trial_type": "up", "duration": 20, "onset": 40.5, "colour": "red"}'
 MALFORMED = {
     b"triggered": "is neither JSON nor the word trigger",
@@ -221,8 +225,9 @@ def test_too_much_drops_the_oldest(caplog: pytest.LogCaptureFixture) -> None:
         b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: text/plain\r\n\r\ntrigger\n",
         b"x" * 10_000_000,
         b"no\n" * 200,
+        b"trigger\n" * 6000,
     ],
-    ids=["browser", "10 MB line", "garbage"],
+    ids=["browser", "10 MB line", "garbage", "flood"],
 )
 def test_a_stranger_is_thrown_out_and_the_program_is_heard(data: bytes) -> None:
     with listening("tcp") as link, speaker(link) as say:
@@ -232,10 +237,11 @@ def test_a_stranger_is_thrown_out_and_the_program_is_heard(data: bytes) -> None:
             with suppress(ConnectionError):
                 stranger.sendall(data)
             assert thrown_out(stranger)
+        link.said()
         say(UP)
-        assert len(heard(link, 1)) == 1
+        assert UP_NOW in [one._replace(came_s=0.0) for one in heard(link, 1)]
         assert 0 < link.counts.malformed <= 200
-        assert link.counts.heard == 2
+        assert 2 <= link.counts.heard <= 2 + MAX_PER_SECOND
 
 
 def test_who_says_nothing_makes_room() -> None:
@@ -267,6 +273,16 @@ def test_strangers_at_a_zeromq_socket() -> None:
         wait_for(lambda: link.counts.malformed == 1)
         say(UP)
         assert isinstance(heard(link, 1)[0], Block)
+
+
+def test_a_flood_waits_at_a_zeromq_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtfmri.stimulus.MAX_PER_SECOND", 100)
+    with listening("zmq") as link, speaker(link) as say:
+        for _ in range(150):
+            say(b"trigger")
+        wait_for(lambda: link.counts.malformed == 1)
+        assert link.counts.heard == 100
+        assert len(heard(link, 149)) == 149  # the others, but for one, when a second is over
 
 
 class Nobody(Allowed):
@@ -349,7 +365,7 @@ def test_closing_ends_everything_and_may_be_done_twice(scheme: str) -> None:
 
 def test_markers_of_lsl() -> None:
     lsl = pytest.importorskip("pylsl", reason="LSL is an extra")
-    with closing(open_stimulus("lsl:rtfmri-test-markers")) as link:
+    with taking_turns(), closing(open_stimulus("lsl:rtfmri-test-markers")) as link:
         info = lsl.StreamInfo("rtfmri-test-markers", "Markers", 1, 0, "string", "rtfmri-test")
         outlet = lsl.StreamOutlet(info)
         assert outlet.wait_for_consumers(20)
@@ -372,9 +388,43 @@ def test_markers_of_lsl() -> None:
     )
 
 
+OUTLET = """
+import time, pylsl
+info = pylsl.StreamInfo("rtfmri-test-other", "Markers", 1, 0, "string", "rtfmri-test-other")
+outlet = pylsl.StreamOutlet(info)
+assert outlet.wait_for_consumers(20)
+for _ in range(3):
+    print(time.clock_gettime(time.CLOCK_MONOTONIC))
+    outlet.push_sample(["trigger"])
+    time.sleep(0.05)
+time.sleep(1)
+"""
+
+
+def test_another_program_with_settings_of_its_own_is_heard() -> None:
+    pytest.importorskip("pylsl", reason="LSL is an extra")
+    with closing(open_stimulus("lsl:rtfmri-test-other")) as link:
+        done = subprocess.run(
+            [sys.executable, "-c", OUTLET], stdout=subprocess.PIPE, check=True, timeout=60
+        )
+        said = heard(link, 3)
+        differs_s = time.perf_counter() - time.clock_gettime(time.CLOCK_MONOTONIC)
+    for one, sent in zip(said, done.stdout.split(), strict=True):
+        assert one.came_s == pytest.approx(float(sent) + differs_s, abs=0.01)
+
+
+def test_lsl_is_for_this_machine_or_for_others() -> None:
+    pytest.importorskip("pylsl", reason="LSL is an extra")
+    with (
+        closing(open_stimulus("lsl:x?network=0")),
+        pytest.raises(ConfigError, match="network must be the same"),
+    ):
+        open_stimulus("lsl:x?network=1")
+
+
 def test_a_stream_of_lsl_is_found_by_its_type_and_when_it_is_back() -> None:
     lsl = pytest.importorskip("pylsl", reason="LSL is an extra")
-    with closing(open_stimulus("lsl:rtfmri-test-type")) as link:
+    with taking_turns(), closing(open_stimulus("lsl:rtfmri-test-type")) as link:
         for name in ("first", "second"):
             info = lsl.StreamInfo(name, "rtfmri-test-type", 1, 0, "string")
             outlet = lsl.StreamOutlet(info)

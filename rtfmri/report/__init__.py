@@ -425,11 +425,26 @@ class _Report:
         names, shown = recording.signal_names, recording.shown[:n]
         signals = recording.signals[:n]
         presented = recording.config.feedback.show or names[0]
-        courses = [figures.Course(f"Shown to the participant (from {presented})", shown)]
-        courses += [
+        courses = [
             figures.Course(f"Signal {name}", values)
             for name, values in list(zip(names, signals.T, strict=True))[:_MOST_SIGNALS]
         ]
+        columns = dict(zip(names, signals.T, strict=True))
+        text = "The signals, each in its own units. Shaded: the task blocks, when they were. "
+        if recording.config.feedback.sham:
+            text += (
+                "What the participant was shown is left out here, since beside the signals it "
+                "would tell of which kind the sham's arm is."
+            )
+        else:
+            title = f"Shown to the participant (from {presented})"
+            courses.insert(0, figures.Course(title, shown))
+            columns["shown"] = shown
+            text += (
+                f"The participant was shown {presented}, from 0 to 1, at "
+                f"{int(np.isfinite(shown).sum())} of {n} volumes: not where no feedback was due, "
+                "there was no baseline yet, or the volume was no good."
+            )
         drawn = figures.time_courses(
             courses,
             self.rows["time_s"] + recording.tr_s / 2,
@@ -441,16 +456,12 @@ class _Report:
         )
         facts = []
         for condition, counts in zip(recording.conditions, self.members.T, strict=True):
-            cells = [_mean_and_sd(values[counts]) for values in (*signals.T, shown)]
-            facts.append((condition, *cells))
-        n_shown = int(np.isfinite(shown).sum())
+            facts.append((condition, *(_mean_and_sd(v[counts]) for v in columns.values())))
         return section(
             "Feedback",
             self.figure("feedback", drawn, "What was shown, and each signal, over time"),
-            table(("mean (sd)", *names, "shown"), facts),
-            text=f"What the participant was shown, from 0 to 1 ({n_shown} of {n} volumes; none "
-            "where no feedback was due, there was no baseline yet, or the volume was no good), "
-            "and the signals it comes from. Shaded: the task blocks, when they were.",
+            table(("mean (sd)", *columns), facts),
+            text=text,
         )
 
     def quality(self) -> list[str]:

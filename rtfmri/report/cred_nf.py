@@ -6,7 +6,6 @@ checklist's, topics are in our words. What no recording can know is left to the 
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,8 +163,9 @@ def _processing(recording: Recording) -> str:
 def _motion(config: Config) -> str:
     if config.motion.mode == "off":
         return "no motion correction"
-    what = "motion correction" if config.motion.mode == "correct" else "motion estimated only"
-    return f"{what} (rigid, {config.motion.interpolation})"
+    if config.motion.mode == "register_only":
+        return "motion estimated (rigid), not corrected"
+    return f"motion correction (rigid, {config.motion.interpolation})"
 
 
 def _artefacts(recording: Recording) -> str:
@@ -232,15 +232,18 @@ def _schedule(recording: Recording) -> str:
         f"{feedback.mode}, {when}; TR {recording.tr_s:g} s; scale {limits}; conditions follow the "
         f"task by {config.paradigm.haemodynamic_delay_s:g} s, with "
         f"{config.paradigm.transition_s:g} s left out at their edges; from a volume's arrival to "
-        f"its value {p50:.1f} ms (median), {p99:.1f} ms (99th percentile), {late} later than a TR"
+        f"its value {p50:.1f} ms (median), {p99:.1f} ms (99th percentile), {late} late"
     )
 
 
 def _shown(recording: Recording) -> str:
     shown = recording.config.feedback.show or recording.signal_names[0]
+    what = f"signal {shown} scaled to 0 ... 1"
+    if recording.config.feedback.sham:
+        what = f"what the arm makes of {what}"
     n = int(np.isfinite(recording.shown).sum())
     return (
-        f"shown: signal {shown} scaled to 0 ... 1, at {n} of {recording.n_volumes} volumes; all "
+        f"shown: {what}, at {n} of {recording.n_volumes} volumes; all "
         f"signals ({', '.join(recording.signal_names)}) and what was shown are in the recording"
     )
 
@@ -270,10 +273,10 @@ def _course(recording: Recording) -> str:
         # Between two blocks there are volumes that count for something else, or a transition.
         usable = recording.results["usable"]
         runs = np.split(np.flatnonzero(usable), 1 + np.flatnonzero(np.diff(counts[usable])))
-        means = [np.nanmean(values[run]) for run in runs if run.size and counts[run[0]]]
+        blocks = [values[run] for run in runs if run.size and counts[run[0]]]
+        means = [np.nanmean(block) for block in blocks if np.isfinite(block).any()]
         if means:
-            numbers = ", ".join(f"{mean:.3g}" for mean in means if math.isfinite(mean))
-            texts.append(f"{condition} {numbers}")
+            texts.append(f"{condition} {', '.join(f'{mean:.3g}' for mean in means)}")
     return f"{name}, by block: {'; '.join(texts)}" if texts else ""
 
 

@@ -129,7 +129,8 @@ class WebSocketOutput:
     def _spread(self) -> None:
         """Bring what is new to all clients; None is a new run."""
         while self._new:
-            self._newest = text = self._new.popleft()
+            text = self._new.popleft()
+            self._newest = text
             if text is not None:
                 for client in self._clients:
                     client.put(text)
