@@ -52,7 +52,6 @@ _MAX_STRANGE = 100
 _MAX_S = 1e6
 _MAX_NAME = 256
 _LOOK_S = 0.1
-_RESOLVE_S = 0.5
 _CONNECT_S = 5.0
 _MAX_AGE_S = 60.0
 """A marker that says it is older, or of the future, is not stamped by LSL's clock."""
@@ -416,19 +415,24 @@ class LslStimulus(Stimulus):
     def close(self) -> None:
         """See `Stimulus.close`."""
         self._closed.set()
-        self._thread.join(timeout=_CONNECT_S + 2 * _RESOLVE_S)
+        self._thread.join(timeout=_CONNECT_S + 1)
 
     def _work(self) -> None:
         _log.info("waiting for LSL's stream %s", self._name)
         while not self._closed.is_set():
-            streams = self._lsl.resolve_bypred(self._query, 1, _RESOLVE_S)
-            if streams:
-                with suppress(RuntimeError):  # what pylsl raises: nobody answers, or it is lost
-                    self._follow(self._inlet(streams[0]))
+            with suppress(RuntimeError):  # what pylsl raises: nobody answers, or it is lost
+                if (inlet := self._find()) is not None:
+                    self._follow(inlet)
 
-    def _inlet(self, stream: Any) -> Any:
-        # What is lost is looked for anew: LSL itself finds only streams that have a source_id.
-        return self._lsl.StreamInlet(stream, max_buflen=MAX_WAITING // 100, recover=False)
+    def _find(self) -> Any:
+        """Return the stream as soon as there is one; None if this is closed before."""
+        # Not pylsl.resolve_bypred: without multicast it takes 5 s more than it is given.
+        resolver = self._lsl.ContinuousResolver(pred=self._query)
+        while not self._closed.wait(_LOOK_S):
+            for stream in resolver.results():
+                # What is lost is looked for anew: LSL finds only streams that have a source_id.
+                return self._lsl.StreamInlet(stream, max_buflen=MAX_WAITING // 100, recover=False)
+        return None
 
     def _follow(self, inlet: Any) -> None:
         """Take a stream's markers until it is lost."""

@@ -37,7 +37,7 @@ def short():
 @pytest.fixture(scope="module")
 def report(short):
     # These have tests of their own.
-    elsewhere = ("latency", "soak", "chain", "scaling", "peers")
+    elsewhere = ("latency", "soak", "chain", "scaling", "peers", "outputs")
     suites = [name for name in benchmarks.SUITES if name not in elsewhere]
     return benchmarks.run(device="cpu", grids=GRIDS, rounds=1, suites=suites)
 
