@@ -21,7 +21,8 @@ def draw_benchmarks() -> None:
     name = load_benchmarks().__name__
     tables = importlib.import_module(f"{name}.tables")
     reports = tables.newest_reports(tables.FOLDER / "results")
-    newest = max(reports, key=lambda report: report["date"])
+    complete = (report for report in reports if "peers" in report["tables"])
+    newest = max(complete, key=lambda report: report["date"])
     with tempfile.TemporaryDirectory() as folder:
         for said in importlib.import_module(f"{name}.figures").draw(newest, Path(folder)):
             print(said)

@@ -33,7 +33,7 @@ class Message:
     index : int
         The volume's number, from 0.
     time_s : float
-        Start of its acquisition on the run's clock.
+        Start of its acquisition, in seconds after the start of volume 0.
     condition : str
         What it counts for, joined by "+"; empty in a transition, and if it was not usable.
     feedback : float
