@@ -791,6 +791,8 @@ def train(
 
     from rtfmri.feedback.train import train as make
 
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name another file, or remove it")
     with err_console.status("replaying the recordings") as status:
         decoder = make(
             recordings,
@@ -812,10 +814,12 @@ def train(
     table.add_row("accuracy, held out", f"{score.accuracy:.0%} of volumes (chance: 50 %)")
     folds = " ".join(f"{fold:.0%}" for fold in score.folds)
     table.add_row(f"of each {score.left_out} left out", folds)
-    right = f"{score.blocks_right} of {score.n_blocks}, p = {score.p:.2g}"
+    right = f"{score.blocks_right} of {score.n_blocks}"
+    right += "; for a p give several runs" if score.p is None else f", p = {score.p:.2g}"
     table.add_row("blocks told rightly", right)
     out_console.print(table)
-    text = f'[feedback.signals]\n{out.stem} = {{kind = "decoder", file = "{out}"}}'
+    name, file = json.dumps(out.stem), json.dumps(str(out))
+    text = f'[feedback.signals]\n{name} = {{kind = "decoder", file = {file}}}'
     out_console.print("next, in the settings of a run:", highlight=False)
     out_console.print(text, highlight=False, markup=False, soft_wrap=True)
 

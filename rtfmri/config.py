@@ -284,10 +284,10 @@ class ScaleSettings(_Settings):
     """fixed: `low` and `high` in the signal's own units; percentile: `percentiles` of all values
     so far; baseline: `sd` standard deviations to both sides of the mean of the newest baseline
     block; running: the same of the newest `window_volumes` values."""
-    low: float = 0.0
-    high: float = 1.0
+    low: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    high: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     percentiles: tuple[float, float] = (5.0, 95.0)
-    sd: Annotated[float, Field(gt=0)] = 2.0
+    sd: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     window_volumes: Annotated[int, Field(ge=5, le=10_000)] = 60
 
     @model_validator(mode="after")

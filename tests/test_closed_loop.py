@@ -39,7 +39,7 @@ def test_own_feedback_teaches_and_anothers_does_not(arms: dict[Arm, list[Learnin
     assert own.shape == others.shape == (4, N_BLOCKS)
     gains = {arm: np.mean([one.gain for one in group]) for arm, group in arms.items()}
     assert gains["contingent"] > 0.2
-    assert gains["yoked"] < 0.1
+    assert gains["contingent"] > gains["yoked"] + 0.2
     assert own[:, -6:].mean() > others[:, -6:].mean() + 0.3
     # Tries at random have the mean of all.
     assert others.mean() == pytest.approx(np.mean(EFFICACIES), abs=0.2)
@@ -49,7 +49,7 @@ def test_what_is_measured_is_what_the_brain_did(arms: dict[Arm, list[Learning]])
     for group in arms.values():
         true = np.ravel([one.activity for one in group])
         measured = np.ravel([one.psc for one in group])
-        assert np.corrcoef(true, measured)[0, 1] > 0.6
+        assert np.corrcoef(true, measured)[0, 1] > 0.5
 
 
 def test_the_yoked_were_shown_what_the_others_saw(

@@ -1,6 +1,7 @@
 """Decoders: trained on recordings, scored honestly, and the same number online."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ def test_a_single_run_leaves_blocks_out_and_a_region_is_enough(runs: list[Path])
     assert decoder.score.left_out == "block"
     assert len(decoder.score.folds) == 4
     assert decoder.score.accuracy > 0.9
+    assert decoder.score.p is None
     inside = pattern(np.random.default_rng(0)) != 0
     assert not decoder.weights[~inside].any()
 
@@ -137,6 +139,7 @@ def test_noise_is_not_told_apart(tmp_path: Path) -> None:
         recordings.record(path, run(10 + i, 0.0), events=EVENTS, glm=GlmSettings(noise="off"))
     score = train(paths, CLASSES).score
     assert 0.25 < score.accuracy < 0.75
+    assert score.p is not None
     assert score.p > 0.01
 
 
@@ -191,6 +194,15 @@ def test_damaged_files_are_refused(decoder: Decoder, tmp_path: Path, runs: list[
         file.attrs["decoder"] = np.bytes_(json.dumps({**told, "of": "t"}))
     with pytest.raises(ConfigError, match="damaged"):
         load_decoder(bad)
+    with h5py.File(bad, "a") as file:
+        file.attrs["decoder"] = np.bytes_(json.dumps({**told, "intercept": math.nan}))
+    with pytest.raises(ConfigError, match="damaged"):
+        load_decoder(bad)
+    with h5py.File(bad, "a") as file:
+        del file["weights"]
+        file.create_dataset("weights", (4096, 4096, 4096), np.float32, chunks=True)
+    with pytest.raises(ConfigError, match="has more than 16777216 voxels"):
+        load_decoder(bad)
 
 
 def test_another_grid_is_refused(decoder: Decoder) -> None:
@@ -216,6 +228,11 @@ def test_what_cannot_be_trained_is_said(
         train(runs[:1], **given)
 
 
+def test_a_recording_given_twice_is_refused(runs: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="must be given once"):
+        train([runs[0], runs[0]], CLASSES)
+
+
 def test_too_few_blocks_and_other_grids_are_said(runs: list[Path], tmp_path: Path) -> None:
     short, other = tmp_path / "short.h5", tmp_path / "other.h5"
     recordings.record(short, run(0)[:60], events=EVENTS, glm=GlmSettings(noise="off"))
@@ -239,6 +256,8 @@ def test_command_line(runs: list[Path], tmp_path: Path) -> None:
     assert "16 of 16" in done.output
     assert 'kind = "decoder"' in done.output
     assert isinstance(load_decoder(out).score, Score)
+    done = CliRunner().invoke(app, [*command, "--out", str(out)])
+    assert "exists already" in str(done.exception)
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "b.h5"), "--json"])
     told = json.loads(done.output.splitlines()[-1])
     assert told["classes"] == list(CLASSES)

@@ -100,8 +100,22 @@ def test_an_unusable_volume_does_not_end_a_baseline_block_nor_enter_any_scale() 
 
 
 @pytest.mark.parametrize("kind", ["percentile", "running", "baseline"])
-def test_where_nothing_varies_there_is_no_value(kind: str) -> None:
-    assert np.isnan(shown([2.0] * 20, ["rest", "rest", "up", "up"] * 5, scale=scale(kind))).all()
+@pytest.mark.parametrize("value", [2.0, 0.1, 1 / 3, 123.456])
+def test_where_nothing_varies_there_is_no_value(kind: str, value: float) -> None:
+    names = ["rest"] * 11 + ["up"] * 9
+    assert np.isnan(shown([value] * 60, names * 3, scale=scale(kind))).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"filter": "kalman"}, {"scale": scale("running")}])
+def test_an_unusable_volume_has_no_value(settings: dict[str, Any]) -> None:
+    got = shown([0.1, 0.4, 0.2, 0.7, 0.3], unusable=[3], **settings)
+    assert math.isnan(got[3])
+    assert math.isfinite(got[4])
+
+
+def test_numbers_beyond_measure_are_no_value() -> None:
+    got = shown([1e200, -1e200, 1e308, -1e308, 1.0], scale=scale("running"))
+    assert np.isnan(got).all()
 
 
 def test_feedback_is_shown_during_its_conditions_alone() -> None:
@@ -124,6 +138,12 @@ def test_intermittent_feedback_is_a_blocks_mean_once_it_is_over() -> None:
     np.testing.assert_allclose(got, wanted)
 
 
+def test_a_blocks_mean_is_that_of_values_beyond_the_displays_ends_too() -> None:
+    got = shown([-0.6, 0.8, 1.4, -0.4, 0.0], ["up"] * 4 + [""], mode="intermittent")
+    assert got[4] == pytest.approx(0.3)
+    assert shown([2.0, 3.0, 0.0], ["up", "up", ""], mode="intermittent")[2] == 1
+
+
 def test_a_bad_volume_does_not_end_a_block_and_two_conditions_are_two() -> None:
     names = ["up", "up", "up", "down", "down", ""]
     values = [0.2, 0.9, 0.4, 0.5, 0.7, 0.0]
@@ -137,6 +157,7 @@ def test_the_filter_is_that_of_the_regions() -> None:
     got = shown(values, filter="kalman", unusable=[10])
     theirs = KalmanFilter(1)
     wanted = [float(theirs.push([v], i != 10)[0]) for i, v in enumerate(values)]
+    wanted[10] = NAN
     np.testing.assert_allclose(got, np.clip(wanted, 0, 1))
     assert got[40] < 0.7
     assert math.isnan(shown([NAN, 0.5], filter="kalman")[0])
@@ -148,6 +169,9 @@ def test_the_filter_is_that_of_the_regions() -> None:
         ({"low": 1, "high": 1}, "high must be above low"),
         ({"percentiles": (90, 10)}, "percentiles must be two from 0 to 100"),
         ({"sd": 0}, "sd"),
+        ({"sd": math.inf}, "sd should be a finite number"),
+        ({"high": math.inf}, "high should be a finite number"),
+        ({"low": -math.inf}, "low should be a finite number"),
         ({"window_volumes": 1}, "window_volumes"),
     ],
 )

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from rtfmri.cli import app
 from rtfmri.config import FeedbackSettings, ShamSettings
 from rtfmri.errors import ConfigError
 from rtfmri.feedback.sham import open_sham, unblind
-from rtfmri.recording import open_recording
+from rtfmri.recording import FORMAT, open_recording
 from rtfmri.session import Session
 
 ROI = np.zeros(GRID.shape, np.float32)
@@ -43,9 +44,12 @@ def record(path: Path, feedback: FeedbackSettings, seed: int = 0) -> list[float]
 
 def allocation(folder: Path, other: Path) -> Path:
     path = folder / "arms.toml"
+    (folder / "no-run.h5").write_bytes(other.read_bytes()[:4000] if other.exists() else b"")
     path.write_text(
         'salt = "some words"\nA = "contingent"\nB = "inverted"\nC = "noise"\n'
         f'D = "yoked:{other}"\nE = "yoked:/nowhere.h5"\nF = "placebo"\n'
+        'G = "yoked:no-run.h5"\nH = "yoked:a\\u0000b"\nI = "yoked:hollow.h5"\n'
+        'J = "yoked:dark.h5"\n'
     )
     return path
 
@@ -87,6 +91,12 @@ def test_noise_has_the_mean_the_variance_and_the_memory_of_the_genuine(tmp_path:
     assert noise.std() == pytest.approx(np.std(genuine), rel=0.1)
     assert np.corrcoef(noise[1:], noise[:-1])[0, 1] == pytest.approx(0.7, abs=0.05)
     assert abs(np.corrcoef(noise, genuine[500:])[0, 1]) < 0.1
+    blocks = np.where(np.arange(4000) % 20 < 8, genuine, math.nan)
+    after_gaps = open_sham(arm(path, "C"))
+    in_blocks = np.array([after_gaps.push(value, i) for i, value in enumerate(blocks)])
+    pairs = np.stack([in_blocks[501:], in_blocks[500:-1]])
+    pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
+    assert np.corrcoef(pairs)[0, 1] == pytest.approx(0.7, abs=0.08)
     again = open_sham(arm(path, "C"))
     for _ in range(2):  # a run that begins anew, and a replay, get the same
         again.begin()
@@ -132,15 +142,30 @@ def test_nothing_tells_the_kind_until_it_is_unblinded(
 
 def test_errors_have_the_same_words_for_every_kind(tmp_path: Path, other: Path) -> None:
     path = allocation(tmp_path, other)
+    with h5py.File(tmp_path / "hollow.h5", "w", libver="latest") as hollow:
+        hollow.attrs["format"] = np.bytes_(FORMAT)
+    (tmp_path / "dark.h5").write_bytes(other.read_bytes())
+    with h5py.File(tmp_path / "dark.h5", "r+") as dark:
+        dark["shown"][...] = math.nan
     messages = set()
-    for name in "EF":
+    for name in "EFGHIJ":
         with pytest.raises(ConfigError) as caught:
             record(tmp_path / "never.h5", FeedbackSettings(sham=arm(path, name)))
         messages.add(str(caught.value).replace(repr(name), ""))
         assert "nowhere" not in str(caught.value)
     assert len(messages) == 1
-    with pytest.raises(ConfigError, match=r"must be one of A, B, C, D, E, F; got 'G'"):
-        open_sham(arm(path, "G"))
+    with pytest.raises(ConfigError, match=r"must be one of A, B, C, D, E, F, G, H, I, J; got 'Z'"):
+        open_sham(arm(path, "Z"))
+
+
+def test_a_yoked_path_begins_at_the_allocations_folder(tmp_path: Path, other: Path) -> None:
+    arms = tmp_path / "arms.toml"
+    (tmp_path / "other.h5").write_bytes(other.read_bytes())
+    arms.write_text('salt = "some words"\nA = "yoked:other.h5"\n')
+    with open_recording(other) as recording:
+        shown = recording.shown
+    sham = open_sham(arm(arms, "A"))
+    np.testing.assert_array_equal([sham.push(0.5, i) for i in range(len(shown))], shown)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ _LEAST = 2
 class Presentation:
     """Makes what is shown of one signal's values, volume by volume.
 
-    The value is filtered, if that is asked for, scaled, clipped to 0 ... 1, left out where no
-    feedback is due, averaged over its block if presentation is intermittent, and passed through
-    the sham. Conditions are those that a volume counts for (`Result.conditions`): the
-    haemodynamic delay is taken care of, and volumes in transition or that are not usable count
-    for none.
+    The value is filtered, if that is asked for, scaled, left out where no feedback is due,
+    averaged over its block if presentation is intermittent, clipped to 0 ... 1, and passed
+    through the sham. Conditions are those that a volume counts for (`Result.conditions`): the
+    haemodynamic delay is taken care of, and volumes in transition count for none. A volume that
+    is not usable has no value.
 
     Parameters
     ----------
@@ -57,19 +57,22 @@ class Presentation:
         result : Result
             The volume's.
         """
+        if not result.quality.usable:
+            value = math.nan
         if self._filter:
-            (filtered,) = self._filter.push([value], result.quality.usable)
-            value = math.nan if math.isnan(value) else float(filtered)
+            (filtered,) = self._filter.push([value])
+            value = float(filtered) if math.isfinite(value) else math.nan
         shown = self._scale.push(value, result)
         if self._during and self._during.isdisjoint(result.conditions):
             shown = math.nan
         if self._blocks:
             shown = self._blocks.push(shown, result)
+        shown = float(np.clip(shown, 0, 1))
         return self._sham.push(shown, result.index) if self._sham else shown
 
 
 class _Scale:
-    """Brings values to 0 ... 1, by limits that are given or learned from the values so far."""
+    """Brings values between limits to 0 ... 1; they are given, or learned from values so far."""
 
     def __init__(self, settings: ScaleSettings, baseline: str) -> None:
         self._settings, self._baseline = settings, baseline
@@ -83,20 +86,20 @@ class _Scale:
             case "fixed":
                 self._limits = self._settings.low, self._settings.high
             case "percentile":
-                self._take_sorted(value, result)
+                self._take_sorted(value)
             case "baseline":
                 self._take_baseline(value, result)
             case "running":
-                if result.quality.usable and math.isfinite(value):
+                if math.isfinite(value):
                     self._values.append(value)
-                self._limits = self._around(self._values)
+                    self._limits = self._around(self._values)
         low, high = self._limits
         if not (high > low and math.isfinite(value)):
             return math.nan
-        return float(np.clip((value - low) / (high - low), 0, 1))
+        return (value - low) / (high - low)
 
-    def _take_sorted(self, value: float, result: Result) -> None:
-        if not (result.quality.usable and math.isfinite(value)):
+    def _take_sorted(self, value: float) -> None:
+        if not math.isfinite(value):
             return
         if len(self._values) == MOST_VALUES:
             del self._sorted[bisect_left(self._sorted, self._values[0])]
@@ -121,15 +124,18 @@ class _Scale:
     def _around(self, values: "deque[float]") -> tuple[float, float]:
         if len(values) < _LEAST:
             return math.nan, math.nan
-        table: NDArray[np.float64] = np.array(values)
-        mean, reach = float(table.mean()), self._settings.sd * float(table.std(ddof=1))
-        return mean - reach, mean + reach
+        # Relative to one of them: where all are equal, their deviation is 0 and no rounding.
+        with np.errstate(over="ignore", invalid="ignore"):
+            away: NDArray[np.float64] = np.array(values) - values[0]
+            mean, sd = values[0] + float(away.mean()), float(away.std(ddof=1))
+        return mean - self._settings.sd * sd, mean + self._settings.sd * sd
 
 
 class _Blocks:
     """Shows the mean of a block's values, once, at the first volume that is not of it.
 
-    A volume that is not usable, or is missing, does not end a block.
+    A volume that is not usable, or is missing, does not end a block. The mean is of what is not
+    clipped yet, which noise beyond the display's ends would draw to its middle.
     """
 
     def __init__(self, during: frozenset[str], baseline: str) -> None:

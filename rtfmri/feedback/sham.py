@@ -10,13 +10,15 @@ An *allocation* is a TOML file that one person keeps who does not run it::
 
 contingent shows the participant's own feedback, inverted 1 minus that, noise a random process
 with its mean, variance and lag-1 autocorrelation so far, yoked what another participant was shown
-at the same volume. Who runs a session says an arm's name. Neither log, terminal, outputs nor
-recording tell its kind; errors have the same words whatever it is. A recording has the arm's
-*seal*, a SHA-256 over salt, name and kind: once the allocation is opened, anybody can verify it
-(`unblind`).
+at the same volume (a path that is not absolute begins at the allocation's folder). All runs of an
+arm have the same noise, scaled to their values: an arm may be one participant's. Who runs a
+session says an arm's name. Neither log, terminal, outputs nor recording tell its kind; errors
+have the same words whatever it is. A recording has the arm's *seal*, a SHA-256 over salt, name
+and kind: once the allocation is opened, anybody can verify it (`unblind`).
 
-An honest experimenter can still see it: a recording holds the genuine signals beside what was
-shown, for the analysis. Who is to stay blind must not compare them.
+An honest experimenter can still see it: a recording, and every output's messages, hold the
+genuine signals beside what was shown, for the analysis. Who is to stay blind must not compare
+them; and yoked alone may show something at a volume that is not usable.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from rtfmri.config import ShamSettings
-from rtfmri.errors import ConfigError, RtfmriError
+from rtfmri.errors import ConfigError
 from rtfmri.recording import open_recording
 
 _KINDS = ("contingent", "inverted", "noise", "yoked")
@@ -61,7 +63,8 @@ class Sham:
     def begin(self) -> None:
         """Begin a run, or begin it anew: what was random is so again, in the same way."""
         self._random = np.random.default_rng(self._seed)
-        self._n, self._mean, self._squares, self._products = 0, 0.5, 0.0, 0.0
+        self._n, self._mean, self._squares = 0, 0.5, 0.0
+        self._n_pairs, self._products = 0, 0.0
         self._before, self._noise = math.nan, math.nan
 
     def push(self, shown: float, index: int) -> float:
@@ -72,7 +75,10 @@ class Sham:
             case "inverted":
                 return 1 - shown
             case "noise":
-                return math.nan if math.isnan(shown) else self._like(shown)
+                if math.isfinite(shown):
+                    return self._like(shown)
+                self._before = self._noise = math.nan  # only neighbours are correlated
+                return math.nan
         return shown
 
     def _like(self, shown: float) -> float:
@@ -82,14 +88,17 @@ class Sham:
         self._mean += away / self._n
         self._squares += away * (shown - self._mean)
         if not math.isnan(self._before):
+            self._n_pairs += 1
             self._products += (shown - self._mean) * (self._before - self._mean)
         self._before = shown
         sd, memory = _FIRST_SD, 0.0
         if self._n >= _LEAST and self._squares > 0:
             sd = math.sqrt(self._squares / (self._n - 1))
-            memory = float(np.clip(self._products / self._squares, -0.95, 0.95))
-        kept = 0.0 if math.isnan(self._noise) else memory * self._noise
-        self._noise = kept + sd * math.sqrt(1 - memory**2) * float(self._random.normal())
+            covariance = self._products / max(1, self._n_pairs)
+            memory = float(np.clip(covariance / sd**2, -0.95, 0.95))
+        new = sd * float(self._random.normal())
+        old = self._noise
+        self._noise = new if math.isnan(old) else memory * old + math.sqrt(1 - memory**2) * new
         return float(np.clip(self._mean + self._noise, 0, 1))
 
 
@@ -108,8 +117,8 @@ def open_sham(settings: ShamSettings) -> Sham:
     kind = arms[settings.arm]
     name, _, path = kind.partition(":")
     try:
-        yoked = _shown(path) if name == "yoked" else {}
-    except (RtfmriError, OSError):
+        yoked = _shown(settings.allocation.parent / path) if name == "yoked" else {}
+    except Exception:  # whatever is wrong with a recording, to say it would tell the kind
         name = ""
     if name not in _KINDS:
         raise ConfigError(
@@ -151,11 +160,12 @@ def _read(path: str | Path) -> tuple[str, dict[str, str]]:
     return salt, arms
 
 
-def _shown(path: str) -> dict[int, float]:
+def _shown(path: Path) -> dict[int, float]:
     with open_recording(path) as recording:
-        return dict(
-            zip(recording.results["index"].tolist(), recording.shown.tolist(), strict=True)
-        )
+        indices, shown = recording.results["index"].tolist(), recording.shown.tolist()
+    if not any(map(math.isfinite, shown)):
+        raise ConfigError(f"nothing was shown in {path}")
+    return dict(zip(indices, shown, strict=True))
 
 
 def _seal(salt: str, arm: str, kind: str) -> str:

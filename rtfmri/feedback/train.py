@@ -4,6 +4,7 @@ A recording is replayed through a pipeline like that of its run, and the decoder
 numbers that it will see in the next run (`rtfmri.stages.readout`).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,8 @@ from rtfmri.recording import Recording, open_recording
 from rtfmri.stages.readout import Of, Readout
 from rtfmri.volume import Grid
 
+_log = logging.getLogger(__name__)
+
 _MOST_FOLDS = 10
 _MOST_ROUNDS = 10_000
 _FEATURES = "features"
@@ -25,7 +28,7 @@ _FEATURES = "features"
 class Sample(NamedTuple):
     """One volume: its voxels (n_voxels,), nan outside the brain, its class, its block and run."""
 
-    values: NDArray[np.float64]
+    values: NDArray[np.float32]
     positive: bool
     block: int
     run: int
@@ -79,17 +82,20 @@ def train(
 
     if classes[0] == classes[1]:
         raise ConfigError(f"the two conditions must differ, got {classes[0]!r} twice")
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ConfigError("a recording must be given once: what is left out must not be seen")
     grid, image, settings, samples = _samples(paths, classes, of, within, say)
     table = np.array([sample.values for sample in samples])
     inside = np.isfinite(table).all(axis=0)
     if not inside.any():
         raise ConfigError("no voxel is in the brain of all recordings")
     positive = np.array([sample.positive for sample in samples])
+    values = table[:, inside].astype(np.float64)
     fitted = make_pipeline(StandardScaler(), _classifier(model, c))
     say("cross-validating")
-    score = _score(fitted, table[:, inside], samples)
+    score = _score(fitted, values, samples)
     say("fitting")
-    fitted.fit(table[:, inside], positive)
+    fitted.fit(values, positive)
     scaler, classifier = fitted[0], fitted[-1]
     coefficients = classifier.coef_[0] / scaler.scale_
     weights = np.zeros(grid.n_voxels, np.float32)
@@ -126,6 +132,8 @@ def _samples(
                     f"recordings must be on one grid: {paths[0]} has {first[0]}, {path} has "
                     f"{recording.grid}, or another position"
                 )
+            if feature_settings(recording.config) != first[2]:
+                _log.warning("%s was recorded with other settings than the first", path)
             for name in classes:
                 if name not in recording.conditions:
                     known = ", ".join(recording.conditions)
@@ -155,7 +163,8 @@ def _replay(
     samples: list[Sample],
 ) -> None:
     """Add a recording's volumes of the two classes."""
-    pipeline = recording.pipeline(readouts={_FEATURES: readout})
+    without_glm = recording.config.glm.model_copy(update={"noise": "off"})
+    pipeline = recording.pipeline("auto", readouts={_FEATURES: readout}, glm=without_glm)
     block, newest = samples[-1].block if samples else -1, ""
     for volume in recording.volumes():
         result = pipeline.push(volume)
@@ -173,7 +182,7 @@ def _replay(
             newest = ""
         values = result.readouts[_FEATURES]
         if name and np.isfinite(values).any():
-            samples.append(Sample(values, name == classes[1], block, run))
+            samples.append(Sample(values.astype(np.float32), name == classes[1], block, run))
 
 
 def _classifier(model: str, c: float) -> Any:
@@ -189,7 +198,6 @@ def _classifier(model: str, c: float) -> Any:
 
 def _score(fitted: Any, values: NDArray[np.float64], samples: Sequence[Sample]) -> Score:
     """Return how well volumes are told by models that have not seen their run, or block."""
-    from scipy.stats import binomtest
     from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 
     positive = np.array([sample.positive for sample in samples])
@@ -227,8 +235,14 @@ def _score(fitted: Any, values: NDArray[np.float64], samples: Sequence[Sample]) 
         n_volumes=len(samples),
         n_blocks=len(right),
         blocks_right=int(np.sum(right)),
-        p=float(binomtest(int(np.sum(right)), len(right), 0.5, "greater").pvalue),
+        p=_p(int(np.sum(right)), len(right)) if by_run else None,
     )
+
+
+def _p(right: int, n: int) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(right, n, 0.5, "greater").pvalue)
 
 
 def _balanced(told: NDArray[np.bool_], positive: NDArray[np.bool_]) -> float:
