@@ -270,7 +270,7 @@ def test_strangers_at_a_zeromq_socket() -> None:
             push.send_multipart([b"trigger", b"trigger"])
             push.send(b"trigger")
             assert len(heard(link, 1)) == 1
-        wait_for(lambda: link.counts.malformed == 1)
+        wait_for(lambda: link.counts.malformed >= 1)
         say(UP)
         assert isinstance(heard(link, 1)[0], Block)
 
