@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -787,8 +788,6 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a decoder of two conditions on a localiser, for [feedback.signals] of the next run."""
-    from dataclasses import asdict
-
     from rtfmri.feedback.train import train as make
 
     if out.exists():
@@ -1000,8 +999,6 @@ def load_benchmarks() -> Any:
 @app.command()
 def check(as_json: JsonOption = False) -> None:
     """Show what this machine has, what is missing, and the command that adds it."""
-    from dataclasses import asdict
-
     from rtfmri.machine import inspect
 
     with err_console.status("looking"):

@@ -28,6 +28,7 @@ from rtfmri.config import (
     ScaleSettings,
     ShamSettings,
 )
+from rtfmri.demo import new_folder
 from rtfmri.errors import ConfigError, SourceError
 from rtfmri.feedback.outputs import Outputs
 from rtfmri.paradigm import Event
@@ -286,10 +287,7 @@ def compare_arms(
     say : callable
         Told what is being done, in a few words.
     """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out must be a new folder; {folder} is in use: name another")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(out)
     arms: dict[Arm, list[Learning]] = {"contingent": [], "yoked": []}
     for number in range(n_participants):
         say(f"participant {number + 1} of {n_participants}, who sees the own feedback")

@@ -150,12 +150,7 @@ def run_demo(
     ConfigError
         If *out* is not empty.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"--out must be a new folder; {out} is in use: name another or remove it"
-        )
-    out.mkdir(parents=True, exist_ok=True)
+    out = new_folder(out)
     say("building a brain")
     scanner = Scanner(n_volumes=n_volumes, shape=shape)
     truth = scanner.truth
@@ -192,6 +187,23 @@ def run_demo(
     say("drawing the report")
     write_report(out / "run.h5", out / "report")
     return Demo(out, score, summary)
+
+
+def new_folder(out: str | Path) -> Path:
+    """Return *out* as a folder that is empty.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"--out must be a new folder; {folder} is in use: name another or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _mean(

@@ -448,7 +448,8 @@ class Session:
         """Return a result with its feedback, which is on its way out then."""
         if self._feedback and self._feedback.names:
             result = replace(result, feedback=self._feedback.push(result))
-        self._outputs.send(Message.of(result))
+        if self._outputs:
+            self._outputs.send(Message.of(result))
         return result
 
     def _miss(self, gap: Gap) -> Iterator[Result]:

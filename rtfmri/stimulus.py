@@ -35,7 +35,7 @@ from rtfmri.feedback.outputs import SCHEMES as OUTPUTS
 from rtfmri.feedback.outputs.lsl import import_lsl
 from rtfmri.readers import Option, parse_query
 from rtfmri.readers.network import Address, Allowed, listen, parse_address, parse_allowed
-from rtfmri.readers.zeromq import bind, import_zmq
+from rtfmri.readers.zeromq import answer_the_door, bind, import_zmq, open_door
 
 _log = logging.getLogger(__name__)
 
@@ -332,8 +332,7 @@ class ZmqStimulus(Stimulus):
         super().__init__()
         self._zmq, self._allow = import_zmq(), allow
         self._context = self._zmq.Context()
-        self._door = self._context.socket(self._zmq.REP)
-        self._door.bind("inproc://zeromq.zap.01")
+        self._door = open_door(self._context)
         try:
             self._socket, self.address = self._bind(address)
         except SourceError:
@@ -366,7 +365,7 @@ class ZmqStimulus(Stimulus):
             ready = dict(poller.poll(1e3 * _LOOK_S))
             came_s = time.perf_counter()
             if self._door in ready:
-                self._answer_the_door()
+                answer_the_door(self._door, self._allow)
             if self._socket in ready:
                 message, *more = self._socket.recv_multipart()
                 if not rate.allows(1, came_s):
@@ -376,14 +375,6 @@ class ZmqStimulus(Stimulus):
                 else:
                     self._hear(message, came_s)
         self._context.destroy(linger=0)
-
-    def _answer_the_door(self) -> None:
-        version, request, _domain, host, *_ = self._door.recv_multipart()
-        allowed = self._allow.admits(host.decode("ascii", "replace"))
-        if not allowed:
-            _log.warning("refused a connection from an address that allow does not name")
-        status = (b"200", b"OK") if allowed else (b"400", b"not allowed")
-        self._door.send_multipart([version, request, *status, b"", b""])
 
 
 class LslStimulus(Stimulus):

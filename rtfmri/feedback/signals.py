@@ -37,8 +37,6 @@ MAX_EIGENVARIATE_VOXELS = 1000
 """Their covariance is kept, and its largest eigenvector sought, within a TR."""
 _DENSE = 8
 """Voxels up to which all eigenvectors are computed, which the iterative solver cannot."""
-_UNKNOWN = (("adjusted", "median"), ("adjusted", "eigenvariate"))
-"""Measures of single voxels that the device does not have."""
 _SMALLEST_PART = 1e-12
 """Of a variance, below which what is left of it is rounding."""
 
@@ -306,15 +304,16 @@ def check_signals(settings: FeedbackSettings, rois: Sequence[str]) -> None:
                 raise ConfigError(
                     f"feedback.signals.{name}: there is no ROI {roi!r}; the ROIs are {known}"
                 )
-        if isinstance(asked, ConnectivitySettings) and len(set(_regions_of(asked))) < 2 + len(
-            asked.given
-        ):
-            raise ConfigError(f"feedback.signals.{name}: rois and given must be different regions")
-        if isinstance(asked, ActivitySettings) and (asked.measure, asked.summary) in _UNKNOWN:
-            raise ConfigError(
-                f"feedback.signals.{name}: measure 'adjusted' is of a region's mean, got "
-                f"summary {asked.summary!r}"
-            )
+        match asked:
+            case ConnectivitySettings() if len(set(_regions_of(asked))) < len(_regions_of(asked)):
+                raise ConfigError(
+                    f"feedback.signals.{name}: rois and given must be different regions"
+                )
+            case ActivitySettings(measure="adjusted", summary="median" | "eigenvariate"):
+                raise ConfigError(
+                    f"feedback.signals.{name}: measure 'adjusted' is of a region's mean, got "
+                    f"summary {asked.summary!r}"
+                )
     names = tuple(settings.signals) or tuple(rois)
     if settings.show is not None and settings.show not in names:
         raise ConfigError(

@@ -24,13 +24,14 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from rtfmri.errors import ConfigError, SourceError
 from rtfmri.readers.network import parse_allowed
 from rtfmri.volume import Volume
 
+_Scheme = TypeVar("_Scheme")
 OTHER_SERIES = "belongs to another series"
 CUT_SHORT = "is cut short"
 """Reasons that several transports have."""
@@ -124,7 +125,7 @@ def open_reader(source: str, *, tr_s: float | None = None, speed: float | None =
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name} must be a number above 0, got {value}")
     uri = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", source)
-    scheme = _find_scheme(uri[1]) if uri else None
+    scheme = find_scheme(uri[1], SCHEMES, "rtfmri.readers") if uri else None
     if not uri or (not scheme and Path(source).exists()):
         return _open_path(Path(source), tr_s, speed)
     if not scheme:
@@ -309,11 +310,11 @@ SCHEMES: dict[str, Scheme] = {
 """The URIs there are: scheme to opener and query keys."""
 
 
-def _find_scheme(name: str) -> Scheme | None:
-    """Return a scheme of ours, or of an installed package."""
-    if name in SCHEMES:
-        return SCHEMES[name]
-    for point in entry_points(group="rtfmri.readers", name=name):
-        scheme: Scheme = point.load()
+def find_scheme(name: str, schemes: Mapping[str, _Scheme], group: str) -> _Scheme | None:
+    """Return one of *schemes*, or what an installed package has of that name in its *group*."""
+    if name in schemes:
+        return schemes[name]
+    for point in entry_points(group=group, name=name):
+        scheme: _Scheme = point.load()
         return scheme
     return None

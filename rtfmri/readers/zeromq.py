@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from rtfmri.errors import SourceError
-from rtfmri.readers.network import Address
+from rtfmri.readers.network import Address, Allowed
 from rtfmri.readers.stream import (
     INTRODUCTION_S,
     MAX_HEADER_BYTES,
@@ -64,6 +64,23 @@ def bind(socket: Any, address: Address) -> Address:
     return Address(host, port)
 
 
+def open_door(context: Any) -> Any:
+    """Return the socket at which *context* is asked who may connect (ZAP, ZeroMQ RFC 27)."""
+    door = context.socket(import_zmq().REP)
+    door.bind("inproc://zeromq.zap.01")
+    return door
+
+
+def answer_the_door(door: Any, allow: Allowed) -> None:
+    """Let somebody in, or not, who waits at the door."""
+    version, request, _domain, host, *_ = door.recv_multipart()
+    allowed = allow.admits(host.decode("ascii", "replace"))
+    if not allowed:
+        _log.warning("refused a connection from an address that allow does not name")
+    status = (b"200", b"OK") if allowed else (b"400", b"not allowed")
+    door.send_multipart([version, request, *status, b"", b""])
+
+
 class ZmqReader(RunReader):
     """Takes ZeroMQ messages; subclasses say in `_read` what one means.
 
@@ -91,8 +108,7 @@ class ZmqReader(RunReader):
         self._zmq = import_zmq()
         super().__init__(tr_s, **options)
         self._context = self._zmq.Context()
-        self._door = self._context.socket(self._zmq.REP)
-        self._door.bind("inproc://zeromq.zap.01")
+        self._door = open_door(self._context)
         self.address = address
         self._kind = kind
         try:
@@ -143,7 +159,7 @@ class ZmqReader(RunReader):
             poller.register(self._socket, zmq.POLLIN)
             ready = dict(poller.poll(_LOOK_MS))
             if self._door in ready:
-                self._answer_the_door()
+                answer_the_door(self._door, self._allow)
             if self._socket in ready:
                 try:
                     for item in self._read(self._socket.recv_multipart(copy=False)):
@@ -154,11 +170,3 @@ class ZmqReader(RunReader):
                     self.put(error)
             self._look_after()
         self._context.destroy(linger=0)
-
-    def _answer_the_door(self) -> None:
-        version, request, _domain, address, *_ = self._door.recv_multipart()
-        allowed = self._allow.admits(address.decode("ascii", "replace"))
-        if not allowed:
-            _log.warning("refused a connection from an address that allow does not name")
-        status = (b"200", b"OK") if allowed else (b"400", b"not allowed")
-        self._door.send_multipart([version, request, *status, b"", b""])

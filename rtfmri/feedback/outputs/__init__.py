@@ -22,13 +22,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, NamedTuple, Protocol, Self
 from urllib.parse import unquote
 
 from rtfmri.errors import ConfigError, RtfmriError
 from rtfmri.feedback.message import Message, Run
-from rtfmri.readers import Option, parse_query
+from rtfmri.readers import Option, find_scheme, parse_query
 from rtfmri.readers.network import parse_allowed
 
 _log = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def open_output(uri: str) -> Output:
         use, or a package is missing.
     """
     parts = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", uri)
-    scheme = _find_scheme(parts[1]) if parts else None
+    scheme = find_scheme(parts[1], SCHEMES, "rtfmri.outputs") if parts else None
     if not (parts and scheme):
         known = ", ".join(f"{name}:" for name in sorted(SCHEMES))
         raise ConfigError(f"an output must begin with one of {known}; got {uri!r}")
@@ -130,6 +129,9 @@ class Outputs:
         except BaseException:
             self.close()
             raise
+
+    def __len__(self) -> int:
+        return len(self._lanes)
 
     def __enter__(self) -> Self:
         return self
@@ -286,13 +288,3 @@ SCHEMES: dict[str, Scheme] = {
     "file": Scheme(_opener("file", "open_file"), {}),
 }
 """The URIs there are: scheme to opener and query keys."""
-
-
-def _find_scheme(name: str) -> Scheme | None:
-    """Return a scheme of ours, or of an installed package."""
-    if name in SCHEMES:
-        return SCHEMES[name]
-    for point in entry_points(group="rtfmri.outputs", name=name):
-        scheme: Scheme = point.load()
-        return scheme
-    return None
