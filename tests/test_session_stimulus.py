@@ -97,6 +97,22 @@ def drive(session: Session, say: Say, sayings: Mapping[int, object]) -> list[Res
             return results
 
 
+@contextmanager
+def announcing(n: int, out: Path, **given: Any) -> Iterator[tuple[Session, Say]]:
+    """Begin a recorded run of *n* volumes, and connect a program that announces its blocks."""
+    with (
+        program() as (link, say),
+        Session(
+            MemoryReader(volumes(n), live=True),
+            config=plain(paradigm=ANNOUNCED),
+            stimulus=link,
+            out=out,
+            **given,
+        ) as session,
+    ):
+        yield session, say
+
+
 def conditions(results: list[Result]) -> list[tuple[str, ...]]:
     return [result.conditions for result in results]
 
@@ -214,16 +230,7 @@ def test_the_clock_may_start_at_a_time(zone: Any, tmp_path: Path) -> None:
 
 def test_announced_blocks_count_as_those_of_a_file(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
-    with (
-        program() as (link, say),
-        Session(
-            MemoryReader(volumes(50), live=True),
-            rois={"m": ROI},
-            config=plain(paradigm=ANNOUNCED),
-            stimulus=link,
-            out=out,
-        ) as session,
-    ):
+    with announcing(50, out, rois={"m": ROI}) as (session, say):
         assert session.paradigm.conditions == ("baseline", "tap")
         results = drive(session, say, {10: block(20.0), 30: block(60.0)})
     expected = with_events(EVENTS, volumes(50))
@@ -247,15 +254,7 @@ def test_announced_blocks_count_as_those_of_a_file(tmp_path: Path) -> None:
 
 def test_a_block_begins_when_it_is_announced(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
-    with (
-        program() as (link, say),
-        Session(
-            MemoryReader(volumes(20), live=True),
-            config=plain(paradigm=ANNOUNCED),
-            stimulus=link,
-            out=out,
-        ) as session,
-    ):
+    with announcing(20, out) as (session, say):
         results = iter(session)
         next(results)
         before_s = time.perf_counter()
@@ -294,15 +293,7 @@ def test_a_late_block_changes_nothing_that_was_said(
 ) -> None:
     """Announced 14 s after it began, so that the first volumes counted for the baseline."""
     out = tmp_path / "run.h5"
-    with (
-        program() as (link, say),
-        Session(
-            MemoryReader(volumes(30), live=True),
-            config=plain(paradigm=ANNOUNCED),
-            stimulus=link,
-            out=out,
-        ) as session,
-    ):
+    with announcing(30, out) as (session, say):
         results = drive(session, say, {17: block(20.0)})
     on_time = conditions(with_events(EVENTS[:1], volumes(30)))
     assert conditions(results)[:17] == [("baseline",)] * 17
@@ -428,15 +419,7 @@ def test_a_recording_that_grows_shows_what_was_announced_and_can_be_recovered(
     tmp_path: Path,
 ) -> None:
     out, broken, mended = (tmp_path / name for name in ("run.h5", "broken.h5", "mended.h5"))
-    with (
-        program() as (link, say),
-        Session(
-            MemoryReader(volumes(30), live=True),
-            config=plain(paradigm=ANNOUNCED),
-            stimulus=link,
-            out=out,
-        ) as session,
-    ):
+    with announcing(30, out) as (session, say):
         results = iter(session)
         first = [next(results) for _ in range(5)]
         wait_for(lambda: session.n_recorded == 5)
